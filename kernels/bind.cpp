@@ -1,0 +1,108 @@
+// quest_dist._cpu: the ops for Python. Tensors come as addresses and sizes that quest_dist/ops.py
+// has checked; the GIL is released while an op runs. std::invalid_argument becomes ValueError.
+#include <pybind11/pybind11.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+quest::Pages make_pages(Address kv, Address meta, Address page_table, int dtype, int64_t pages,
+                        int64_t kv_heads, int64_t page_size, int64_t dim, int64_t rows,
+                        int64_t row_pages) {
+  return {at<void>(kv), at<void>(meta), at<const int32_t>(page_table),
+          static_cast<quest::DType>(dtype), pages, kv_heads, page_size, dim, rows, row_pages};
+}
+
+quest::Strided make_strided(Address data, int64_t row, int64_t head, int64_t token) {
+  return {at<const void>(data), row, head, token};
+}
+
+quest::Selection make_selection(Address index, Address count, int64_t lists, int64_t width,
+                                int unit) {
+  return {at<const int32_t>(index), at<const int32_t>(count), lists, width,
+          static_cast<quest::Unit>(unit)};
+}
+
+void append(const quest::Pages& pages, const quest::Strided& k, const quest::Strided& v,
+            Address starts, int64_t tokens, int threads) {
+  quest::cpu::append(pages, k, v, at<const int32_t>(starts), tokens, threads);
+}
+
+void page_scores(const quest::Pages& pages, Address q, int64_t heads, Address lengths,
+                 float radius_scale, int reduce, bool score_open, Address out, int threads) {
+  quest::cpu::page_scores(pages, at<const void>(q), heads, at<const int32_t>(lengths),
+                          radius_scale, static_cast<quest::Reduce>(reduce), score_open,
+                          at<float>(out), threads);
+}
+
+void select_top(Address scores, Address items, Address keep, int64_t rows, int64_t lists,
+                int64_t items_max, bool force_last, Address index, int64_t width, Address count,
+                int threads) {
+  quest::cpu::select_top(at<const float>(scores), at<const int32_t>(items),
+                         at<const int32_t>(keep), rows, lists, items_max, force_last,
+                         at<int32_t>(index), width, at<int32_t>(count), threads);
+}
+
+int64_t listed_tokens(const quest::Pages& pages, Address lengths,
+                      const quest::Selection& selection) {
+  return quest::cpu::listed_tokens(pages, at<const int32_t>(lengths), selection);
+}
+
+void attend(const quest::Pages& pages, Address q, Address rolled_query, int64_t rolled,
+            int64_t heads, Address lengths, const quest::Selection& selection, float scale,
+            Address out, Address attended, Address read, Address lse, Address probabilities,
+            int64_t probability_width, int threads) {
+  const quest::Attended result{at<void>(out),  at<int32_t>(attended),    at<int32_t>(read),
+                               at<float>(lse), at<float>(probabilities), probability_width};
+  quest::cpu::attend(pages, at<const void>(q), at<const void>(rolled_query), rolled, heads,
+                     at<const int32_t>(lengths), selection, scale, result, threads);
+}
+
+void token_scores(const quest::Pages& pages, Address q, int64_t heads, Address lengths,
+                  float scale, Address out, int64_t width, int threads) {
+  quest::cpu::token_scores(pages, at<const void>(q), heads, at<const int32_t>(lengths), scale,
+                           at<float>(out), width, threads);
+}
+
+void gather(const quest::Pages& pages, int64_t length, Address k, Address v, int threads) {
+  quest::cpu::gather(pages, length, at<void>(k), at<void>(v), threads);
+}
+
+void prefill_attend(const quest::Strided& q, const quest::Strided& k, const quest::Strided& v,
+                    int64_t rows, int64_t heads, int64_t kv_heads, int64_t queries, int64_t length,
+                    int64_t dim, float scale, Address out, int threads) {
+  quest::cpu::prefill_attend(q, k, v, rows, heads, kv_heads, queries, length, dim, scale,
+                             at<void>(out), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<quest::Pages>(m, "Pages").def(py::init(&make_pages));
+  py::class_<quest::Strided>(m, "Strided").def(py::init(&make_strided));
+  py::class_<quest::Selection>(m, "Selection").def(py::init(&make_selection));
+  m.def("append", &append, no_gil);
+  m.def("page_scores", &page_scores, no_gil);
+  m.def("select_top", &select_top, no_gil);
+  m.def("listed_tokens", &listed_tokens, no_gil);
+  m.def("attend", &attend, no_gil);
+  m.def("token_scores", &token_scores, no_gil);
+  m.def("gather", &gather, no_gil);
+  m.def("prefill_attend", &prefill_attend, no_gil);
+  m.def("has_prefill", &quest::cpu::has_prefill);
+  m.def("isa", &quest::cpu::isa);
+  m.def("isas", &quest::cpu::isas);
+  m.def("set_isa", &quest::cpu::set_isa);
+  // An unusable QUEST_ISA is said at import, not in the middle of a run.
+  quest::cpu::isa();
+}

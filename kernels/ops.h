@@ -1,0 +1,91 @@
+// The ops of quest_dist, without torch and without Python: plain pointers and sizes.
+//
+// Shape letters: R rows, H query heads, G kv heads (H = G * group), N pages in the pool, P pages in
+// a row's page table, S tokens a page holds, D head dimension, L tokens of a row, n new tokens.
+// Every function throws std::invalid_argument naming the op and the argument when an index it is
+// about to follow is out of range; shapes and dtypes are the caller's business (quest_dist/ops.py).
+#pragma once
+
+#include <cstdint>
+
+namespace quest {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+// One layer of the paged pool and the rows that look into it.
+struct Pages {
+  void* kv;                   // [N, G, 2, S, D]: keys (rotated), values
+  void* meta;                 // [N, G, 2, D]: per channel maximum and minimum of a closed page's keys
+  const int32_t* page_table;  // [R, P]
+  DType dtype;
+  int64_t pages, kv_heads, page_size, dim, rows, row_pages;
+};
+
+struct Strided {  // [R, G, n, D] whose last dimension is contiguous; strides in elements
+  const void* data;
+  int64_t row, head, token;
+};
+
+enum class Reduce : int { kPerQuery = 0, kMax = 1, kMean = 2 };
+enum class Unit : int { kPages = 0, kTokens = 1 };
+
+// What each row attends to; index == nullptr means every token of every row.
+struct Selection {
+  const int32_t* index;  // [R, lists, width]
+  const int32_t* count;  // [R, lists], -1: every token
+  int64_t lists, width;  // lists is 1, G or H
+  Unit unit;
+};
+
+struct Attended {
+  void* out;             // [R, H, D], the dtype of the pool
+  int32_t* attended;     // [R, H]
+  int32_t* read;         // [R, G]
+  float* lse;            // [R, H]
+  float* probabilities;  // [R, H, probability_width] or nullptr
+  int64_t probability_width;
+};
+
+namespace cpu {
+
+void append(const Pages& pages, const Strided& k, const Strided& v, const int32_t* starts,
+            int64_t tokens, int threads);
+
+// out [R, Hs, P]; Hs is H for kPerQuery, else G.
+void page_scores(const Pages& pages, const void* q, int64_t heads, const int32_t* lengths,
+                 float radius_scale, Reduce reduce, bool score_open, float* out, int threads);
+
+// scores [R, lists, items_max]; index [R, lists, width] and count [R, lists] are written whole.
+void select_top(const float* scores, const int32_t* items, const int32_t* keep, int64_t rows,
+                int64_t lists, int64_t items_max, bool force_last, int32_t* index, int64_t width,
+                int32_t* count, int threads);
+
+// Most tokens that any list of the selection names.
+int64_t listed_tokens(const Pages& pages, const int32_t* lengths, const Selection& selection);
+
+void attend(const Pages& pages, const void* q, const void* rolled_query, int64_t rolled,
+            int64_t heads, const int32_t* lengths, const Selection& selection, float scale,
+            const Attended& result, int threads);
+
+// out [R, H, width], -infinity beyond a row's length.
+void token_scores(const Pages& pages, const void* q, int64_t heads, const int32_t* lengths,
+                  float scale, float* out, int64_t width, int threads);
+
+// k and v [R, G, length, D], contiguous.
+void gather(const Pages& pages, int64_t length, void* k, void* v, int threads);
+
+// Causal attention of the last n of L positions, bf16, D in {64, 128}. q [R, H, n, D] and
+// k, v [R, G, L, D] strided; out [R, n, H, D] contiguous.
+bool has_prefill();
+void prefill_attend(const Strided& q, const Strided& k, const Strided& v, int64_t rows,
+                    int64_t heads, int64_t kv_heads, int64_t queries, int64_t length, int64_t dim,
+                    float scale, void* out, int threads);
+
+// The instruction set in use, all those this machine supports (best first, comma separated), and
+// the choice of one.
+const char* isa();
+const char* isas();
+void set_isa(const char* name);
+
+}  // namespace cpu
+}  // namespace quest

@@ -1,0 +1,97 @@
+"""The compiled ops; see kernels/bind.cpp. Addresses are `Tensor.data_ptr()`."""
+
+class Pages:
+    def __init__(
+        self,
+        kv: int,
+        meta: int,
+        page_table: int,
+        dtype: int,
+        pages: int,
+        kv_heads: int,
+        page_size: int,
+        dim: int,
+        rows: int,
+        row_pages: int,
+    ) -> None: ...
+
+class Strided:
+    def __init__(self, data: int, row: int, head: int, token: int) -> None: ...
+
+class Selection:
+    def __init__(self, index: int, count: int, lists: int, width: int, unit: int) -> None: ...
+
+def append(
+    pages: Pages, k: Strided, v: Strided, starts: int, tokens: int, threads: int
+) -> None: ...
+def page_scores(
+    pages: Pages,
+    q: int,
+    heads: int,
+    lengths: int,
+    radius_scale: float,
+    reduce: int,
+    score_open: bool,
+    out: int,
+    threads: int,
+) -> None: ...
+def select_top(
+    scores: int,
+    items: int,
+    keep: int,
+    rows: int,
+    lists: int,
+    items_max: int,
+    force_last: bool,
+    index: int,
+    width: int,
+    count: int,
+    threads: int,
+) -> None: ...
+def listed_tokens(pages: Pages, lengths: int, selection: Selection) -> int: ...
+def attend(
+    pages: Pages,
+    q: int,
+    rolled_query: int,
+    rolled: int,
+    heads: int,
+    lengths: int,
+    selection: Selection,
+    scale: float,
+    out: int,
+    attended: int,
+    read: int,
+    lse: int,
+    probabilities: int,
+    probability_width: int,
+    threads: int,
+) -> None: ...
+def token_scores(
+    pages: Pages,
+    q: int,
+    heads: int,
+    lengths: int,
+    scale: float,
+    out: int,
+    width: int,
+    threads: int,
+) -> None: ...
+def gather(pages: Pages, length: int, k: int, v: int, threads: int) -> None: ...
+def prefill_attend(
+    q: Strided,
+    k: Strided,
+    v: Strided,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    length: int,
+    dim: int,
+    scale: float,
+    out: int,
+    threads: int,
+) -> None: ...
+def has_prefill() -> bool: ...
+def isa() -> str: ...
+def isas() -> str: ...
+def set_isa(name: str) -> None: ...

@@ -1,0 +1,232 @@
+"""One batch of rows under several methods: the single attention path of accuracy and latency.
+
+A batch's rows come in *groups*, one a method, contiguous and in order. Every layer of a decode step goes
+
+    append -> method.select -> ops.attend -> method.observe
+
+and counts what was really attended. Layers before a group's `dense_layers` attend to everything and the method does not see
+them. Prefill is dense, exact and causal for every method.
+
+Invariant: a row's result depends on its own tokens and method only, never on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quest_dist import ops
+from quest_dist.methods.method import EVERYTHING, Method, View
+from quest_dist.pool import Geometry, Pool, Rows
+
+Rotate = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Group:
+    """Rows of one method: an instance of it, a budget a row, and how many first layers stay dense."""
+
+    method: Method
+    budgets: list[int]
+    dense_layers: int
+
+
+@dataclass
+class Measured:
+    """What one row's decode steps attended to, summed over steps; means over layers and heads.
+
+    `attended`: tokens per query head; `read`: tokens per kv head (the union over its group); `planned_low`, `planned_high`: what
+    the method promised. Layers that the row's `dense_layers` exempts do not count.
+    """
+
+    steps: int = 0
+    attended: float = 0.0
+    read: float = 0.0
+    planned_low: float = 0.0
+    planned_high: float = 0.0
+
+
+class Batch:
+    """Rows, their groups and their cache."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        groups: Sequence[Group],
+        rotate: Rotate,
+        observers: Sequence[Group] = (),
+    ) -> None:
+        """`observers` are groups without rows yet, whose methods look at the prefill of row 0 (see `fork`)."""
+        assert not groups or sum(len(group.budgets) for group in groups) == len(rows)
+        self.rows = rows
+        self.groups = list(groups)
+        self._observers = list(observers)
+        self.rotate = rotate
+        self.measured = [Measured() for _ in range(len(rows))]
+        self._spans = self._span_groups()
+        self._layers_done = [0] * rows.pool.geometry.layers
+        self._forwards = 0
+        self._decode_steps = 0
+        self._counts: list[tuple[int, Tensor, Tensor]] = []
+        self._unused_padding = [0] * len(rows)
+        self._step_lengths: tuple[int, ...] = ()
+
+    @property
+    def pool(self) -> Pool:
+        """The pages of these rows."""
+        return self.rows.pool
+
+    def _span_groups(self) -> list[tuple[int, int]]:
+        spans, first = [], 0
+        for group in self.groups:
+            spans.append((first, first + len(group.budgets)))
+            first = spans[-1][1]
+        return spans
+
+    def fork(self, groups: Sequence[Group]) -> Batch:
+        """A batch of rows that all continue row 0 of this one; its methods have seen the prefill."""
+        count = sum(len(group.budgets) for group in groups)
+        batch = Batch(self.rows.fork(0, count), groups, self.rotate)
+        length = self.rows.lengths_list[0]
+        for group in batch.groups:
+            group.method.begin(group.budgets, [length] * len(group.budgets))
+        return batch
+
+    def write(self, layer: int, k: Tensor, v: Tensor, padding: Sequence[int] | None) -> None:
+        """Append k, v [R, G, n, D] of one layer; `padding[r]` leading tokens of row r are not part of it."""
+        if self._layers_done[layer] == self._forwards:
+            self._forwards += 1
+            new = k.shape[2]
+            self._unused_padding = [0] * len(self.rows) if padding is None else list(padding)
+            self.rows.extend([new - pad for pad in self._unused_padding])
+        self._layers_done[layer] += 1
+        if any(self._unused_padding):
+            for row, pad in enumerate(self._unused_padding):
+                self.rows.append_row(layer, row, k[row : row + 1, :, pad:], v[row : row + 1, :, pad:])
+        else:
+            self.rows.append(layer, k, v)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of the tokens just written: q [R, H, n, D] -> [R, n, H, D]. One token a row is a decode step."""
+        if q.shape[2] == 1 and not any(self._unused_padding):
+            return self._decode(layer, q[:, :, 0], scale).unsqueeze(1)
+        return self._prefill(layer, q, k, v, scale)
+
+    def _prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
+        for row, pad in enumerate(self._unused_padding):
+            queries = q[row : row + 1, :, pad:]
+            keys, values = k[row : row + 1, :, pad:], v[row : row + 1, :, pad:]
+            if self.rows.lengths_list[row] > keys.shape[2]:
+                keys, values = self.rows.gather(layer, row)
+            out[row : row + 1, pad:] = ops.prefill_attend(queries, keys, values, scale)
+            watching = [(group, first) for group, first, last in self._watching() if first <= row < last]
+            for group, first in watching:
+                if group.method.needs_prefill and layer >= group.dense_layers:
+                    group.method.observe_prefill(layer, row - first, queries, keys, scale)
+        return out
+
+    def _watching(self) -> list[tuple[Group, int, int]]:
+        own = [(group, *span) for group, span in zip(self.groups, self._spans, strict=True)]
+        return own + [(group, 0, 1) for group in self._observers]
+
+    def _decode(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        if self._decode_steps == 0 or layer == 0:
+            self._start_step()
+        rows, pool = self.rows, self.pool
+        geometry = pool.geometry
+        out = torch.empty_like(q)
+        for group, (first, last) in zip(self.groups, self._spans, strict=True):
+            view = View(
+                layer=layer,
+                step=self._decode_steps,
+                kv=pool.kv[layer],
+                meta=pool.meta[layer],
+                page_table=rows.page_table[first:last],
+                lengths=rows.lengths[first:last],
+                lengths_list=self._step_lengths[first:last],
+                page_size=pool.page_size,
+                heads=geometry.heads,
+                kv_heads=geometry.kv_heads,
+                scale=scale,
+                rotate=self.rotate,
+            )
+            out[first:last] = self._attend_group(group, first, view, q[first:last])
+        return out
+
+    def _attend_group(self, group: Group, first: int, view: View, q: Tensor) -> Tensor:
+        method = group.method
+        if view.layer < group.dense_layers:
+            return view.attend(q, EVERYTHING, probabilities=False).out
+        selection = method.select(view, q)
+        result = view.attend(q, selection, probabilities=method.needs_probabilities)
+        if result.probabilities is not None:
+            method.observe(view, selection, result.probabilities)
+        self._counts.append((first, result.attended, result.read))
+        return result.out
+
+    def _start_step(self) -> None:
+        before = [length - 1 for length in self.rows.lengths_list]
+        for group, (first, last) in zip(self.groups, self._spans, strict=True):
+            if not group.method.budgets:
+                group.method.begin(group.budgets, before[first:last])
+        self._decode_steps += 1
+        self._step_lengths = tuple(self.rows.lengths_list)
+        size = self.pool.page_size
+        row = 0
+        for group in self.groups:
+            for budget in group.budgets:
+                low, high = group.method.planned(
+                    self._step_lengths[row], budget, size, self.measured[row].steps
+                )
+                self.measured[row].steps += 1
+                self.measured[row].planned_low += low
+                self.measured[row].planned_high += high
+                row += 1
+
+    def count(self) -> None:
+        """Add what the last step attended to `measured`. Call once a step, after the forward pass."""
+        totals: dict[int, list[Tensor]] = {}
+        for first, attended, read in self._counts:
+            means = torch.stack([attended.double().mean(1), read.double().mean(1)])
+            totals.setdefault(first, []).append(means)
+        self._counts.clear()
+        for first, layers in totals.items():
+            mean = torch.stack(layers).mean(0).tolist()
+            for offset, (attended, read) in enumerate(zip(*mean, strict=True)):
+                self.measured[first + offset].attended += attended
+                self.measured[first + offset].read += read
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with the rows named (ascending); the others have finished."""
+        assert list(rows) == sorted(rows)
+        groups = []
+        for group, (first, last) in zip(self.groups, self._spans, strict=True):
+            mine = [row - first for row in rows if first <= row < last]
+            if mine:
+                if len(mine) < last - first:
+                    group.method.keep(mine)
+                    group.budgets = [group.budgets[row] for row in mine]
+                groups.append(group)
+        self.groups = groups
+        self.rows.keep(rows)
+        self.measured = [self.measured[row] for row in rows]
+        self._unused_padding = [0] * len(self.rows)
+        self._spans = self._span_groups()
+
+
+def new_batch(
+    geometry: Geometry,
+    page_size: int,
+    groups: Sequence[Group],
+    rows: int,
+    rotate: Rotate,
+    reserve: int = 0,
+    observers: Sequence[Group] = (),
+) -> Batch:
+    """A batch of empty rows over a pool of its own with room for `reserve` tokens."""
+    pool = Pool(geometry, page_size, pages=rows + reserve // page_size)
+    return Batch(Rows(pool, rows), groups, rotate, observers)

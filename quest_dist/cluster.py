@@ -1,0 +1,131 @@
+"""Cluster: what a sweep may use, and how many workers that makes (standard library only).
+
+`Cluster` is the settings of conf/cluster; `Workers` is what they come to on this machine. Memory
+is bytes, GPUs may be a fraction (several workers on one GPU share its memory, unenforced).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BACKENDS = ("ray", "inline")
+#: Share of the memory available at start that workers may plan to use.
+MEMORY_SHARE = 0.7
+
+
+@dataclass
+class Cluster:
+    """Settings of `cluster`; None means: choose for this machine.
+
+    `backend`: ray (Ray Tune) or inline (this process, one unit after the other). `address`: a
+    running Ray cluster to attach to; None starts a private one on this machine.
+    `cpus_per_worker` is also a worker's number of threads. `max_failures`: times that a unit is
+    tried again after its worker broke. `env`: environment variables for the workers of an
+    attached cluster.
+    """
+
+    backend: str = "ray"
+    address: str | None = None
+    workers: int | None = None
+    cpus_per_worker: int | None = None
+    gpus_per_worker: float | None = None
+    samples_per_unit: int | None = None
+    max_failures: int = 2
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers run at once, and what each has: CPUs (= threads) and GPUs."""
+
+    count: int
+    cpus: int
+    gpus: float
+
+
+def check(cluster: Cluster) -> None:
+    """Raise ValueError for settings that no machine can honour."""
+    if cluster.backend not in BACKENDS:
+        raise ValueError(f"cluster.backend={cluster.backend!r}: choose ray or inline")
+    for key in ("workers", "cpus_per_worker", "samples_per_unit"):
+        value = getattr(cluster, key)
+        if value is not None and value < 1:
+            raise ValueError(f"cluster.{key}={value}: must be at least 1, or null to choose")
+    if cluster.max_failures < 0:
+        raise ValueError(f"cluster.max_failures={cluster.max_failures}: must be at least 0")
+    gpus = cluster.gpus_per_worker
+    if gpus is not None and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
+        raise ValueError(
+            f"cluster.gpus_per_worker={gpus}: must be a fraction up to 1 or a whole number"
+        )
+
+
+def fit(cluster: Cluster, memory_per_worker: int) -> Workers:
+    """Return the workers that these settings make, before the number of units is known.
+
+    On this machine: as many as its CPUs (or GPUs) and MEMORY_SHARE of its available memory
+    hold, at least one. Attached: as set, by default 4 CPUs a worker and 8 workers at once (a
+    number for cutting the work; the cluster's resources are what limits them).
+    """
+    check(cluster)
+    if cluster.address is not None:
+        gpus = 0.0 if cluster.gpus_per_worker is None else cluster.gpus_per_worker
+        return Workers(cluster.workers or 8, cluster.cpus_per_worker or 4, gpus)
+    cpus, devices = available_cpus(), available_gpus()
+    gpus = cluster.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if devices else 0.0
+    if gpus > devices:
+        raise ValueError(f"cluster.gpus_per_worker={gpus:g}: this machine has {devices} GPUs")
+    if (cluster.cpus_per_worker or 1) > cpus:
+        raise ValueError(
+            f"cluster.cpus_per_worker={cluster.cpus_per_worker}: this machine has {cpus} CPUs"
+        )
+    if cluster.backend == "inline":
+        return Workers(1, cluster.cpus_per_worker or cpus, gpus)
+    count = cluster.workers
+    if count is None:
+        by_memory = int(available_memory() * MEMORY_SHARE / max(memory_per_worker, 1))
+        by_device = int(devices / gpus) if gpus else cpus
+        count = max(1, min(cpus // (cluster.cpus_per_worker or 1), by_memory, by_device))
+    count = max(1, min(count, cpus // (cluster.cpus_per_worker or 1)))
+    return Workers(count, cluster.cpus_per_worker or cpus // count, gpus)
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity mask and its control group's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read("/sys/fs/cgroup/cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        cpus = min(cpus, max(1, int(quota[0]) // int(quota[1])))
+    return cpus
+
+
+def available_gpus() -> int:
+    """NVIDIA GPUs this process may use, found without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [p for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)]
+    if visible is None:
+        return len(devices)
+    named = [part for part in visible.split(",") if part.strip() not in ("", "-1")]
+    return min(len(named), len(devices))
+
+
+def available_memory() -> int:
+    """Bytes that could be used now: the machine's, or what its control group still allows."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    free = int(found[1]) * 1024 if found else 8 * 2**30
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit.isdigit() and used.isdigit():
+        free = min(free, max(0, int(limit) - int(used)))
+    return free
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

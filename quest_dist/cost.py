@@ -1,0 +1,115 @@
+"""What a unit costs: seconds and bytes, from the model's shape or from what the ledger measured.
+
+Estimates, for ordering, slicing and for telling a user what to expect; no result depends on them.
+A prefill is bound by arithmetic (2 FLOPs a parameter and token, and causal attention), a decode
+step by reading the weights once for all rows and each row's tokens, plus a fixed cost a row and
+layer. The constants below are for a common machine and may be off by a factor of two or three;
+as soon as the ledger has measured a model on a task, its own pace replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quest_dist.plan import Point, Unit
+
+CPU_FLOPS = 1.2e11  # a core with bf16 matrix units, in long prefills
+CPU_BYTES = 8e9  # a core, reading weights and pages
+CPU_ROW_LAYER = 2e-4  # seconds a row, layer and step: selection and attention calls
+GPU_FLOPS = 2e14
+GPU_BYTES = 1.5e12
+GPU_ROW_LAYER = 1e-5
+PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers loaded
+ACTIVATION_BYTES = 128  # a token and hidden unit of a prefill, at its peak
+DEFAULT_CONTEXT = 4096
+TAIL_TOKENS = 40
+NEW_TOKENS = 32
+#: What a model is taken for that states no shape in its YAML: 7 billion parameters, as Llama 2.
+DEFAULT_SHAPE: Mapping[str, int] = {
+    "layers": 32,
+    "heads": 32,
+    "kv_heads": 32,
+    "head_dim": 128,
+    "hidden": 4096,
+    "vocab": 32000,
+    "parameters": 6_738_000_000,
+    "max_length": 32768,
+}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Tokens of one sample: prefilled context and decode steps (tail and generated)."""
+
+    context: int
+    steps: int
+
+
+def extent(point: Point) -> Extent:
+    """Return the size of a point's samples as its task states it, or a usual one."""
+    task, data = point.task.settings, point.data.settings
+    limit = int(shape(point)["max_length"])
+    if "prefill" in task and "tokens" in task:
+        return Extent(min(int(task["prefill"]), limit), int(task["tokens"]))
+    length = task.get("length") or data.get("length") or data.get("tokens") or DEFAULT_CONTEXT
+    new = task.get("max_new_tokens") or NEW_TOKENS
+    return Extent(min(int(length), limit), TAIL_TOKENS + int(new))
+
+
+def shape(point: Point) -> dict[str, Any]:
+    """Return the planning facts of a point's model."""
+    return {**DEFAULT_SHAPE, **(point.model.settings.get("shape") or {})}
+
+
+def sample_seconds(
+    points: tuple[Point, ...],
+    threads: int,
+    gpu: bool,
+    pace: Callable[[str, str], tuple[float, float] | None] = lambda model, task: None,
+) -> float:
+    """Return the seconds of one sample for these points (of one family) in one batch."""
+    first = points[0]
+    measured = pace(first.model.name, first.task.name)
+    if measured is not None:
+        prefill, row = measured
+        return prefill + row * len(points)
+    facts, size = shape(first), extent(first)
+    flops = GPU_FLOPS if gpu else CPU_FLOPS * threads
+    rate = GPU_BYTES if gpu else CPU_BYTES * threads
+    row_layer = GPU_ROW_LAYER if gpu else CPU_ROW_LAYER / threads
+    layers, parameters = int(facts["layers"]), int(facts["parameters"])
+    mixed = 2 * layers * int(facts["heads"]) * int(facts["head_dim"])
+    prefill = (2 * parameters * size.context + mixed * size.context**2) / flops
+    read = sum(min(p.budget or size.context, size.context) for p in points)
+    step = (2 * parameters + read * token_bytes(first)) / rate
+    step += 2 * parameters * len(points) / flops + row_layer * layers * len(points)
+    return prefill + step * size.steps
+
+
+def unit_seconds(
+    unit: Unit,
+    threads: int,
+    gpu: bool,
+    pace: Callable[[str, str], tuple[float, float] | None] = lambda model, task: None,
+) -> float:
+    """Return the seconds of a unit, its model's loading not included."""
+    return len(unit.samples) * sample_seconds(unit.points, threads, gpu, pace)
+
+
+def token_bytes(point: Point) -> int:
+    """Return the bytes of one token's keys and values over all layers."""
+    facts = shape(point)
+    size = 4 if point.model.settings.get("dtype") == "float32" else 2
+    return 2 * size * int(facts["layers"]) * int(facts["kv_heads"]) * int(facts["head_dim"])
+
+
+def worker_bytes(points: tuple[Point, ...]) -> int:
+    """Return the memory of a worker that runs these points (of one family) as one batch."""
+    first, facts = points[0], shape(points[0])
+    size = extent(first)
+    weight = 4 if first.model.settings.get("dtype") == "float32" else 2
+    cache = token_bytes(first) * (size.context + len(points) * (size.steps + first.page_size))
+    activations = ACTIVATION_BYTES * size.context * int(facts["hidden"])
+    return PROCESS_BYTES + weight * int(facts["parameters"]) + cache + activations

@@ -1,0 +1,180 @@
+"""Evaluate one sample for many points: prefill its context once, then decode all points as the rows of one batch.
+
+The rows share the prefilled pages and differ in attention only, so embeddings, projections and MLPs run once for all of
+them. Decoding is greedy: the sample's tail is fed token by token (teacher forced, every token a decode step under the
+method), then up to `max_new_tokens` are generated; a row leaves the batch at an end-of-sequence token.
+
+Invariant: in float32 a row's tokens equal those of a run of its point alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quest_dist.attention import PagedCache, Patch, patch
+from quest_dist.batch import Batch, Group, Measured, new_batch
+from quest_dist.tasks.task import Outcome, Sample
+
+if TYPE_CHECKING:
+    from quest_dist.models import LoadedModel
+    from quest_dist.plan import Point
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one point gave on one sample.
+
+    `attended`, `read` and `planned_*` are means over decode steps, in tokens (see batch.Measured); `seconds` is the wall time
+    of the sample's decode over its rows, `prefill_seconds` that of the shared prefill.
+    """
+
+    outcome: Outcome
+    attended: float
+    read: float
+    planned_low: float
+    planned_high: float
+    seconds: float
+    prefill_seconds: float
+
+
+@dataclass
+class _Row:
+    """A row on its way: which point it is and what it has produced."""
+
+    point: int
+    token_ids: list[int]
+    nll: list[float]
+
+
+def groups_of(points: Sequence[Point]) -> tuple[list[Group], list[int]]:
+    """Points as groups of rows (one method instance for all budgets of a method), and the point of each row."""
+    members: dict[tuple[str, int], list[int]] = {}
+    for number, point in enumerate(points):
+        members.setdefault((point.method.canonical(), point.dense_layers), []).append(number)
+    groups, order = [], []
+    for (_, dense_layers), numbers in members.items():
+        budgets = [points[number].budget or 0 for number in numbers]
+        groups.append(Group(points[numbers[0]].method.build(), budgets, dense_layers))
+        order += numbers
+    return groups, order
+
+
+@torch.inference_mode()
+def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> list[Evaluated]:
+    """Run `sample` for `points` (same model and page size) in one batch; results in the order of `points`.
+
+    Raises ValueError for a sample without context or tail, or longer than the model.
+    """
+    check_sample(sample, loaded.language.max_length)
+    groups, order = groups_of(points)
+    page_size = points[0].page_size
+    with patch(loaded.model, lambda rows: groups, page_size) as patched:
+        started = time.perf_counter()
+        prefix = _prefill(loaded, patched, sample, groups, len(order))
+        prefilled = time.perf_counter()
+        rows, measured = _decode(loaded, sample, prefix.fork(groups), order)
+        finished = time.perf_counter()
+    share = (finished - prefilled) / len(order)
+    results: dict[int, Evaluated] = {}
+    for row, counted in zip(rows, measured, strict=True):
+        steps = max(counted.steps, 1)
+        results[row.point] = Evaluated(
+            outcome=Outcome(
+                text=loaded.language.decode(row.token_ids),
+                token_ids=tuple(row.token_ids),
+                nll=tuple(row.nll),
+            ),
+            attended=counted.attended / steps,
+            read=counted.read / steps,
+            planned_low=counted.planned_low / steps,
+            planned_high=counted.planned_high / steps,
+            seconds=share,
+            prefill_seconds=prefilled - started,
+        )
+    return [results[number] for number in range(len(points))]
+
+
+def check_sample(sample: Sample, max_length: int) -> None:
+    """Raise ValueError unless the sample can be decoded by a model of `max_length` positions."""
+    if not sample.context or not sample.tail:
+        raise ValueError(
+            f"sample {sample.index}: context of {len(sample.context)} and tail of {len(sample.tail)} tokens; "
+            "each needs at least 1"
+        )
+    needed = len(sample.context) + len(sample.tail) + sample.max_new_tokens
+    if needed > max_length:
+        raise ValueError(
+            f"sample {sample.index}: {needed} tokens with its answer, the model takes {max_length}"
+        )
+
+
+def _prefill(
+    loaded: LoadedModel, patched: Patch, sample: Sample, groups: Sequence[Group], rows: int
+) -> Batch:
+    """The prefilled context as a batch of one row, in a pool with room for the tails of `rows` rows."""
+    length = len(sample.context)
+    tails = rows * (len(sample.tail) + sample.max_new_tokens + patched.page_size)
+    prefix = new_batch(
+        patched.geometry,
+        patched.page_size,
+        groups=(),
+        rows=1,
+        rotate=patched.rotate,
+        reserve=length + tails,
+        observers=groups,
+    )
+    _forward(loaded, PagedCache(prefix), [sample.context], 0)
+    return prefix
+
+
+def _forward(
+    loaded: LoadedModel, cache: PagedCache, tokens: Sequence[Sequence[int]], position: int
+) -> Tensor:
+    """Logits of the last token of each row, fp32 [R, vocabulary]."""
+    ids = torch.tensor(tokens, device=loaded.device)
+    positions = torch.arange(position, position + ids.shape[1], device=loaded.device)[None]
+    out = loaded.model(
+        input_ids=ids,
+        position_ids=positions.expand(ids.shape[0], -1),
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    return out.logits[:, -1].float()
+
+
+def _decode(
+    loaded: LoadedModel, sample: Sample, batch: Batch, order: Sequence[int]
+) -> tuple[list[_Row], list[Measured]]:
+    """Feed the tail to all rows, then generate; the rows in batch order with what was measured."""
+    cache = PagedCache(batch)
+    rows = [_Row(point, [], []) for point in order]
+    measured = list(batch.measured)
+    position = len(sample.context)
+    logits = torch.empty(0)
+    for number, token in enumerate(sample.tail):
+        logits = _forward(loaded, cache, [[token]] * len(rows), position)
+        position += 1
+        if sample.score_tail and number + 1 < len(sample.tail):
+            target = torch.full((len(rows),), sample.tail[number + 1])
+            for row, nll in zip(rows, torch.nn.functional.cross_entropy(logits, target, reduction="none"), strict=True):
+                row.nll.append(float(nll))
+    alive = list(rows)
+    for step in range(sample.max_new_tokens):
+        tokens = logits.argmax(-1).tolist()
+        going = [place for place, token in enumerate(tokens) if token not in loaded.language.eos_ids]
+        for place in going:
+            alive[place].token_ids.append(tokens[place])
+        if not going or step + 1 == sample.max_new_tokens:
+            break
+        if len(going) < len(alive):
+            batch.keep(going)
+            alive = [alive[place] for place in going]
+        logits = _forward(loaded, cache, [[tokens[place]] for place in going], position)
+        position += 1
+    return rows, measured

@@ -1,0 +1,107 @@
+"""Quest (Tang et al., ICML 2024, arXiv 2406.10774): query-aware selection of pages.
+
+Each closed page keeps the channel-wise maximum M and minimum m of its rotated keys. For a query q the score
+
+    u = sum_i max(q_i m_i, q_i M_i)  =  q . c + |q| . r      with c = (M + m) / 2, r = (M - m) / 2
+
+bounds every q.k of the page from above (section 3, Algorithm 1). A step attends exactly to the tokens of the current
+page and of the K - 1 best others, K = max(1, budget // page_size).
+
+Two variants exist in the released code and differ; both are here. `normative` (the kernels' rule): the current page is
+always attended, never scored. `eval_compat` (the released accuracy evaluation): the current page competes like any
+other, at least three pages are kept, and the page count is floored, so that a budget above the length still drops one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quest_dist import ops
+from quest_dist.methods.method import (
+    EVERYTHING,
+    GQA_CHOICES,
+    Method,
+    Selection,
+    View,
+    as_int32,
+    check_choice,
+)
+
+VARIANTS = ("normative", "eval_compat")
+
+
+def pages_of(length: int, page_size: int) -> int:
+    """Pages that `length` tokens fill, the last one perhaps in part."""
+    return -(-length // page_size)
+
+
+def pages_to_keep(length: int, budget: int, page_size: int) -> int:
+    """Pages to attend to, the current one included; -1: all of them (budget >= length, or too few pages)."""
+    keep = max(1, budget // page_size)
+    return -1 if budget >= length or pages_of(length, page_size) <= keep else keep
+
+
+def tokens_in_pages(length: int, budget: int, page_size: int) -> int:
+    """Tokens attended when the current page is one of the kept ones."""
+    keep = pages_to_keep(length, budget, page_size)
+    if keep < 0:
+        return length
+    last = length - (pages_of(length, page_size) - 1) * page_size
+    return (keep - 1) * page_size + last
+
+
+@dataclass
+class Quest(Method):
+    """Settings: `gqa` (per_query: each query head its own pages, as in the paper's accuracy runs; max | mean: one list
+    a kv head from the group's scores), `radius_scale` (1.0 is Quest's bound), `variant`.
+    """
+
+    gqa: str = "per_query"
+    radius_scale: float = 1.0
+    variant: str = "normative"
+    _keep: tuple[int, tuple[int, ...]] = field(default=(-1, ()), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        check_choice("gqa", self.gqa, GQA_CHOICES)
+        check_choice("variant", self.variant, VARIANTS)
+        if not 0.0 <= self.radius_scale <= 1.0:
+            raise ValueError(f"radius_scale={self.radius_scale}: choose a number from 0 to 1")
+
+    def select(self, view: View, q: Tensor) -> Selection:
+        """The current page and the best others (normative), or the best of all (eval_compat)."""
+        if self._keep[0] != view.step:
+            self._keep = view.step, self._pages_to_keep(view.lengths_list, view.page_size)
+        keep = self._keep[1]
+        if all(pages < 0 for pages in keep):
+            return EVERYTHING
+        forced = self.variant == "normative"
+        scores = view.page_scores(q, self.radius_scale, self.gqa, score_open=not forced)
+        pages = torch.div(view.lengths + (view.page_size - 1), view.page_size, rounding_mode="floor")
+        index, count = ops.select_top(scores, pages.to(torch.int32), as_int32(keep), force_last=forced)
+        return Selection(index, count, "pages")
+
+    def _pages_to_keep(self, lengths: tuple[int, ...], page_size: int) -> tuple[int, ...]:
+        rows = zip(lengths, self.budgets, strict=True)
+        if self.variant == "normative":
+            return tuple(pages_to_keep(length, budget, page_size) for length, budget in rows)
+        return tuple(self._compat_pages(length, budget, page_size) for length, budget in rows)
+
+    @staticmethod
+    def _compat_pages(length: int, budget: int, page_size: int) -> int:
+        keep = max(3, min(length, budget) // page_size)
+        return -1 if keep >= pages_of(length, page_size) else keep
+
+    def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
+        """(K - 1) whole pages and the current one; in eval_compat the current page may be among the K or not."""
+        if self.variant == "normative":
+            tokens = tokens_in_pages(length, budget, page_size)
+            return tokens, tokens
+        keep = self._compat_pages(length, budget, page_size)
+        if keep < 0:
+            return length, length
+        missing = pages_of(length, page_size) * page_size - length
+        return keep * page_size - missing, keep * page_size

@@ -1,0 +1,85 @@
+"""The tokens that an evicting method still holds: positions and scores, per row and list.
+
+Invariants: positions are ascending, so that reading order never depends on what was evicted before; an evicted position
+never returns; all lists of a row hold equally many tokens. Scores are fp32: sums over thousands of queries would not
+survive in bf16 (its spacing at 8192 is 64).
+
+Shape letters: R rows, K lists a row (1 for TOVA, G kv heads for H2O), W slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quest_dist import ops
+from quest_dist.methods.method import Selection, as_int32
+
+
+class Slots:
+    """Slots of one layer; they begin with all tokens of each row's context, at score 0."""
+
+    def __init__(self, lengths: Sequence[int], lists: int) -> None:
+        rows, width = len(lengths), max(lengths)
+        self.used = list(lengths)
+        self._seen = list(lengths)
+        self.position = torch.arange(width, dtype=torch.int32).expand(rows, lists, width).contiguous()
+        self.score = torch.zeros(rows, lists, width)
+
+    @property
+    def width(self) -> int:
+        """Slots that the tensors have room for, W."""
+        return int(self.position.shape[2])
+
+    def append(self, lengths: Sequence[int]) -> None:
+        """Hold the tokens that each row has gained up to `lengths[r]`, at score 0: the new one of a decode step."""
+        new = max(length - seen for length, seen in zip(lengths, self._seen, strict=True))
+        room = max(self.used) + new - self.width
+        if room > 0:
+            self.position = torch.nn.functional.pad(self.position, (0, room), value=-1)
+            self.score = torch.nn.functional.pad(self.score, (0, room))
+        rows = torch.arange(len(self.used))
+        for _ in range(new):
+            slot = torch.tensor(self.used)
+            self.position[rows, :, slot] = as_int32(self._seen)[:, None]
+            self.score[rows, :, slot] = 0.0
+            self.used = [used + 1 for used in self.used]
+            self._seen = [seen + 1 for seen in self._seen]
+
+    def selection(self) -> Selection:
+        """All held tokens."""
+        count = as_int32(self.used)[:, None].expand(-1, self.position.shape[1]).contiguous()
+        return Selection(self.position, count, "tokens")
+
+    def evict(self, capacity: Sequence[int], protected: Sequence[int]) -> None:
+        """Hold at most `capacity[r]` tokens a list: those of highest score, ties to the newer.
+
+        Positions at or after `protected[r]` are never evicted.
+        """
+        if all(used <= most for used, most in zip(self.used, capacity, strict=True)):
+            return
+        used = as_int32(self.used)
+        score = self.score.masked_fill(self.position >= as_int32(protected)[:, None, None], torch.inf)
+        keep = [min(used, most) for used, most in zip(self.used, capacity, strict=True)]
+        slot, _ = ops.select_top(score, used, as_int32(keep), force_last=False)
+        slot = self._with_full_rows(slot, keep)
+        self.position = self.position.gather(2, slot)
+        self.score = self.score.gather(2, slot)
+        self.used = keep
+
+    def _with_full_rows(self, slot: Tensor, keep: Sequence[int]) -> Tensor:
+        """Slot lists wide enough for all rows; rows that evict nothing (count -1) list their slots in order."""
+        width = max(keep)
+        order = torch.arange(width)
+        slot = torch.nn.functional.pad(slot[:, :, :width], (0, max(0, width - slot.shape[2])), value=-1)
+        whole = torch.tensor([k == u for k, u in zip(keep, self.used, strict=True)])
+        return torch.where(whole[:, None, None], order, slot.clamp(min=0).long())
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with the rows named."""
+        self.used = [self.used[row] for row in rows]
+        self._seen = [self._seen[row] for row in rows]
+        self.position = self.position[list(rows)].contiguous()
+        self.score = self.score[list(rows)].contiguous()

@@ -1,0 +1,197 @@
+"""Models: a configured name becomes a loaded model with its tokenizer, limits and prompt format.
+
+Three sources: `bundled` (weights inside an installed package), `hub` (repository and revision) and
+`local` (a folder). Weights are read from safetensors only and no code of a repository is ever run.
+
+Importing this module imports neither torch nor transformers: `check` and `identity` answer in the
+driver, and only `load`, in a worker, pays for the libraries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_dist import bundled
+from quest_dist.suggest import did_you_mean
+from quest_dist.tasks.prompt import CHAT_CHOICES, Language, chat_format
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SOURCES = ("bundled", "hub", "local")
+DTYPES = ("bfloat16", "float16", "float32")
+KEYS = {
+    "source": "bundled",
+    "repo": None,
+    "revision": "main",
+    "path": None,
+    "dtype": "bfloat16",
+    "chat": "none",
+    "bos": None,
+    "max_length": None,
+    "max_prompt": None,
+}
+"""The settings of a model and their defaults; `label` and `shape` are for people and planning."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, on its device, in evaluation mode."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    language: Language
+    device: torch.device
+
+
+def _read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with defaults; ValueError names a wrong key or value and the choices."""
+    for key in settings:
+        if key not in KEYS and key not in ("label", "shape", "about"):
+            raise ValueError(f"model.{key}: no such setting; {did_you_mean(key, KEYS)}")
+    read = {key: settings.get(key, default) for key, default in KEYS.items()}
+    for key, choices in (("source", SOURCES), ("dtype", DTYPES)):
+        if read[key] not in choices:
+            raise ValueError(f"model.{key}={read[key]!r}: {did_you_mean(read[key], choices)}")
+    if not isinstance(read["chat"], Mapping) and read["chat"] not in CHAT_CHOICES:
+        raise ValueError(f"model.chat={read['chat']!r}: {did_you_mean(read['chat'], CHAT_CHOICES)}")
+    for key in ("max_length", "max_prompt"):
+        if read[key] is not None and (not isinstance(read[key], int) or read[key] < 2):
+            raise ValueError(f"model.{key}={read[key]!r} is not a whole number of at least 2")
+    if read["bos"] not in (None, True, False):
+        raise ValueError(f"model.bos={read['bos']!r} is not true, false or null (as the tokenizer does)")
+    if read["source"] == "hub" and not read["repo"]:
+        raise ValueError("model.repo is empty; a hub model needs owner/name")
+    if read["source"] == "local" and not read["path"]:
+        raise ValueError("model.path is empty; a local model needs its folder")
+    return read
+
+
+def _local(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"model.path={path!r} is not a folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.path={path!r} has no config.json, so it holds no model")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model.path={path!r} has no .safetensors weights (other formats are refused)")
+    return folder
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for whatever can be known to be wrong without loading anything."""
+    read = _read(settings)
+    if read["source"] == "bundled":
+        bundled.weights()
+    elif read["source"] == "local":
+        _local(read["path"])
+
+
+def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a model can change a score: its weights by content and how prompts are made.
+
+    Paths are left out: the same weights in another folder are the same model.
+    """
+    read = _read(settings)
+    kept = {key: read[key] for key in ("source", "dtype", "chat", "bos", "max_length", "max_prompt")}
+    if read["source"] == "bundled":
+        return {**kept, "weights": bundled.content(), "recipe": bundled.RECIPE}
+    if read["source"] == "hub":
+        return {**kept, "repo": read["repo"], "revision": read["revision"]}
+    return {**kept, "weights": _fingerprint(_local(read["path"]))}
+
+
+def _fingerprint(folder: Path) -> str:
+    """Digest a model's configuration, tokenizer and the header of each weights file.
+
+    A safetensors header names every tensor with its place; with the file's size and its first and
+    last bytes of data this tells models apart without reading gigabytes.
+    """
+    sha = hashlib.sha256()
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    for path in sorted(folder / name for name in names):
+        sha.update(path.read_bytes() if path.is_file() else b"-")
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            sha.update(file.read(1 << 16))
+            file.seek(max(0, size - (1 << 16)))
+            sha.update(file.read())
+    return sha.hexdigest()[:16]
+
+
+def load(settings: Mapping[str, Any], device: str | None = None) -> LoadedModel:
+    """Load a configured model onto `device` (default: the first GPU, or the CPU without one)."""
+    import torch
+    import transformers
+
+    read = _read(settings)
+    where: str | Path
+    extra: dict[str, Any] = {}
+    if read["source"] == "bundled":
+        where = bundled.folder()
+    elif read["source"] == "local":
+        where = _local(read["path"])
+    else:
+        where, extra = read["repo"], {"revision": read["revision"]}
+    placed = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            where, trust_remote_code=False, **extra
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=getattr(torch, read["dtype"]),
+            use_safetensors=True,
+            trust_remote_code=False,
+            **extra,
+        )
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {read['repo'] or where}: cannot be loaded ({first})") from error
+    model = model.to(placed).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, language(read, tokenizer, model), placed)
+
+
+def language(read: Mapping[str, Any], tokenizer: Any, model: Any) -> Language:
+    """Return how prompts are made for a model: chat format, BOS, end tokens and limits."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer {type(tokenizer).__name__} reports no character offsets, which splitting a "
+            "prompt needs; install the package tokenizers' version of it"
+        )
+    head, foot = chat_format(read["chat"], tokenizer)
+    limit = read["max_length"] or int(model.config.get_text_config().max_position_embeddings)
+    adds = tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [tokenizer.bos_token_id]
+    wanted = read["bos"] if read["bos"] is not None else adds
+    return Language(
+        tokenizer=tokenizer,
+        head=head,
+        foot=foot,
+        max_length=limit,
+        eos_ids=end_tokens(tokenizer, model),
+        bos=tokenizer.bos_token_id if wanted else None,
+        max_prompt=read["max_prompt"],
+    )
+
+
+def end_tokens(tokenizer: Any, model: Any) -> frozenset[int]:
+    """Return every id that ends an answer: tokenizer's, configuration's and generation defaults'.
+
+    Models with several (Llama 3.1 has three) run on into junk where only one is honoured.
+    """
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for owner in (tokenizer, model.config, generation):
+        ids = getattr(owner, "eos_token_id", None)
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    if not found:
+        raise ValueError("neither tokenizer nor model names an end-of-sequence token")
+    return frozenset(found)
+

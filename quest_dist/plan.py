@@ -1,0 +1,372 @@
+"""Points and units: what a sweep computes, named by content (standard library only).
+
+A `Point` is one dot of one figure; a `Unit` is the set of points and samples that one worker
+runs together, because they share one loaded model and one prefill of each sample.
+
+Invariants:
+* A point's key is a hash of everything that can change its score and of nothing else: labels,
+  colours, paths, hardware and the number of samples are not in it. Equal keys mean equal work.
+* Units cover every missing (point, sample) pair exactly once and contain no finished pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from quest_dist.suggest import did_you_mean
+
+#: Settings that only say how a thing is shown or scheduled; they never reach a constructor.
+PRESENTATION = frozenset({"label", "title", "color", "marker", "budgeted", "shape", "about"})
+#: Settings that say how much is measured; records are kept by sample, so they name nothing.
+QUANTITY = frozenset({"samples"})
+#: Raised when the meaning of a point changes without its settings changing.
+IDENTITY_VERSION = 1
+#: Lists of the grid, outermost loop first.
+AXES = ("model", "task", "method", "budget", "page_size", "dense_layers", "seed")
+_TARGET_PREFIX = "quest_dist."
+
+
+def canonical(value: Any) -> str:
+    """Return the one JSON text of a plain value: sorted keys, whole floats written as integers."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Return the first 16 hexadecimal digits of the sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A named, configured thing: a model, task, method, data source or protocol.
+
+    `settings` is plain JSON and may carry `_target_`, the class that `build` calls.
+    `content` replaces the settings in a point's identity where settings hold paths (a data
+    folder goes by the digest of its files); None means the settings themselves.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    content: Mapping[str, Any] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name that figures and tables print."""
+        return str(self.settings.get("label", self.name))
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a token budget means anything to this method (False for full attention)."""
+        return bool(self.settings.get("budgeted", True))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of this spec can change a score."""
+        source = self.settings if self.content is None else self.content
+        return {k: v for k, v in source.items() if k not in PRESENTATION | QUANTITY}
+
+    def canonical(self) -> str:
+        """Return name and identity as one text; equal texts mean equal behaviour."""
+        return canonical({"name": self.name, **self.identity})
+
+    def target(self) -> Callable[..., Any]:
+        """Import and return the class or function that `_target_` names.
+
+        Raises ValueError when there is no target or it lies outside quest_dist.
+        """
+        path = str(self.settings.get("_target_", ""))
+        if not path.startswith(_TARGET_PREFIX):
+            raise ValueError(
+                f"{self.name}: _target_ must start with '{_TARGET_PREFIX}', got '{path}'"
+            )
+        module_name, _, attribute = path.rpartition(".")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and module_name.startswith(error.name):
+                raise ValueError(f"{self.name}: _target_ names no module: '{path}'") from error
+            raise
+        found = getattr(module, attribute, None)
+        if not callable(found):
+            hint = did_you_mean(attribute, (n for n in vars(module) if not n.startswith("_")))
+            raise ValueError(f"{self.name}: no '{attribute}' in {module_name}; {hint}")
+        return found  # type: ignore[no-any-return]
+
+    def build(self, **extra: Any) -> Any:
+        """Call the target with the settings (less presentation keys) and `extra`.
+
+        Raises ValueError for a setting the target does not take, with the nearest that it does.
+        """
+        target = self.target()
+        settings = {k: v for k, v in self.settings.items() if k not in PRESENTATION}
+        settings.pop("_target_", None)
+        parameters = inspect.signature(target).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            valid = [n for n in parameters if n not in extra and n != "self"]
+            for key in settings:
+                if key not in valid:
+                    hint = did_you_mean(key, valid)
+                    raise ValueError(f"{self.name}.{key}: no such setting; {hint}")
+            absent = [
+                n
+                for n in valid
+                if n not in settings
+                and parameters[n].default is inspect.Parameter.empty
+                and parameters[n].kind is not inspect.Parameter.VAR_POSITIONAL
+            ]
+            if absent:
+                raise ValueError(f"{self.name}.{absent[0]}: this setting is required and not set")
+        return target(**settings, **extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as plain JSON."""
+        content = None if self.content is None else dict(self.content)
+        return {"name": self.name, "settings": dict(self.settings), "content": content}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Spec:
+        """Return the spec that `to_dict` wrote."""
+        return cls(data["name"], data["settings"], data.get("content"))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One dot of one figure. `budget` is tokens a query may attend to; None: no budget."""
+
+    model: Spec
+    task: Spec
+    data: Spec
+    method: Spec
+    protocol: Spec
+    budget: int | None
+    page_size: int
+    dense_layers: int
+    seed: int
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change this point's score, as plain JSON.
+
+        Models, tasks and methods carry their names, which name the curve a reader sees; data
+        and protocol go by content alone, so that a moved folder is still the same data.
+        """
+        named = {
+            group: {"name": spec.name, **spec.identity}
+            for group, spec in (("model", self.model), ("task", self.task), ("method", self.method))
+        }
+        identity = {
+            "version": IDENTITY_VERSION,
+            **named,
+            "data": self.data.identity,
+            "protocol": self.protocol.identity,
+            "budget": self.budget,
+            "page_size": self.page_size,
+            "dense_layers": self.dense_layers,
+            "seed": self.seed,
+        }
+        return dict(json.loads(canonical(identity)))
+
+    @cached_property
+    def key(self) -> str:
+        """The point's name in ledger, MLflow and CSV: 16 hexadecimal digits."""
+        return digest(self.identity)
+
+    @cached_property
+    def family(self) -> str:
+        """Points of one family can share a unit: same model, task, data, protocol, pages, seed."""
+        identity = self.identity
+        shared = ("model", "task", "data", "protocol", "page_size", "seed")
+        return digest({name: identity[name] for name in shared})
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __str__(self) -> str:
+        budget = "" if self.budget is None else f" b{self.budget}"
+        return f"{self.method.name}{budget} · {self.task.name} · {self.model.name}"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Points of one family and the samples to run them on; every point runs every sample."""
+
+    points: tuple[Point, ...]
+    samples: tuple[int, ...]
+
+    @cached_property
+    def key(self) -> str:
+        """The unit's name: a hash of its points' keys and its samples."""
+        return digest({"points": [p.key for p in self.points], "samples": list(self.samples)})
+
+    @property
+    def first(self) -> Point:
+        """A point that stands for what all points of the unit share."""
+        return self.points[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the unit as plain JSON (it travels through Ray)."""
+        first = self.first
+        groups = ("model", "task", "data", "protocol")
+        shared: dict[str, Any] = {name: getattr(first, name).to_dict() for name in groups}
+        shared |= {"page_size": first.page_size, "seed": first.seed}
+        rows = [
+            {"method": p.method.to_dict(), "budget": p.budget, "dense_layers": p.dense_layers}
+            for p in self.points
+        ]
+        return {"key": self.key, **shared, "points": rows, "samples": list(self.samples)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Unit:
+        """Return the unit that `to_dict` wrote."""
+        shared = {n: Spec.from_dict(data[n]) for n in ("model", "task", "data", "protocol")}
+        points = tuple(
+            Point(
+                **shared,
+                method=Spec.from_dict(row["method"]),
+                budget=row["budget"],
+                page_size=data["page_size"],
+                dense_layers=row["dense_layers"],
+                seed=data["seed"],
+            )
+            for row in data["points"]
+        )
+        return cls(points, tuple(data["samples"]))
+
+
+def points(
+    grid: Mapping[str, Sequence[Any]],
+    exclude: Sequence[Mapping[str, Any]],
+    specs: Mapping[str, Mapping[str, Spec]],
+    data: Mapping[str, Spec],
+    protocol: Spec,
+) -> list[Point]:
+    """Expand a grid into its points, in grid order, duplicates merged by key.
+
+    `specs` maps model, task and method to their named specs; `data` maps a task's name to the
+    data it reads. A rule of `exclude` drops the combinations that match all its fields (a
+    value or a list). Methods without a budget give one point instead of one per budget.
+    Raises ValueError for unknown names, empty lists, bad numbers and rules.
+    """
+    check_grid(grid, specs)
+    rules = [_rule(rule, specs) for rule in exclude]
+    found: dict[str, Point] = {}
+    for values in itertools.product(*(grid[axis] for axis in AXES)):
+        chosen = dict(zip(AXES, values, strict=True))
+        if any(all(chosen[k] in allowed for k, allowed in rule.items()) for rule in rules):
+            continue
+        method = specs["method"][chosen["method"]]
+        point = Point(
+            model=specs["model"][chosen["model"]],
+            task=specs["task"][chosen["task"]],
+            data=data[chosen["task"]],
+            method=method,
+            protocol=protocol,
+            budget=chosen["budget"] if method.budgeted else None,
+            page_size=chosen["page_size"],
+            dense_layers=chosen["dense_layers"],
+            seed=chosen["seed"],
+        )
+        found.setdefault(point.key, point)
+    if not found:
+        raise ValueError("exclude: the rules leave no point of the grid")
+    return list(found.values())
+
+
+def units(
+    points: Iterable[Point],
+    counts: Mapping[str, int],
+    done: Callable[[str], set[int]],
+    samples_per_unit: Callable[[tuple[Point, ...]], int],
+    seconds: Callable[[Unit], float] = lambda unit: float(len(unit.samples) * len(unit.points)),
+) -> list[Unit]:
+    """Group the missing (point, sample) pairs into units, longest first.
+
+    `counts` maps a point's key to its number of samples, `done` to the samples that are
+    finished; `samples_per_unit` gives the slice length for a set of points and `seconds` the
+    estimate by which units are ordered.
+    """
+    families: dict[str, dict[int, list[Point]]] = {}
+    for point in points:
+        missing = families.setdefault(point.family, {})
+        finished = done(point.key)
+        for sample in range(counts[point.key]):
+            if sample not in finished:
+                missing.setdefault(sample, []).append(point)
+    result: list[Unit] = []
+    for missing in families.values():
+        slices: dict[tuple[str, ...], tuple[tuple[Point, ...], list[int]]] = {}
+        for sample in sorted(missing):
+            row = tuple(missing[sample])
+            slices.setdefault(tuple(p.key for p in row), (row, []))[1].append(sample)
+        for row, samples in slices.values():
+            size = max(1, samples_per_unit(row))
+            result += [Unit(row, part) for part in _even(samples, size)]
+    return sorted(result, key=seconds, reverse=True)
+
+
+def check_grid(grid: Mapping[str, Sequence[Any]], specs: Mapping[str, Mapping[str, Spec]]) -> None:
+    """Raise ValueError unless every list of the grid holds valid names or whole numbers."""
+    for axis in AXES:
+        values = grid.get(axis) or ()
+        if not values:
+            hint = f"; choose from {', '.join(sorted(specs[axis]))}" if axis in specs else ""
+            raise ValueError(f"grid.{axis} is empty: give it at least one value{hint}")
+        for value in values:
+            if axis in specs:
+                if value not in specs[axis]:
+                    hint = did_you_mean(value, specs[axis])
+                    raise ValueError(f"grid.{axis}: unknown {axis} '{value}'; {hint}")
+            else:
+                least = 0 if axis in ("seed", "dense_layers") else 1
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise ValueError(
+                        f"grid.{axis}: expected whole numbers of at least {least}, got {value!r}"
+                    )
+
+
+def with_content(spec: Spec, content: Mapping[str, Any]) -> Spec:
+    """Return the spec with `content` as what its identity holds."""
+    return replace(spec, content=json.loads(canonical(content)))
+
+
+def _rule(
+    rule: Mapping[str, Any], specs: Mapping[str, Mapping[str, Spec]]
+) -> dict[str, tuple[Any, ...]]:
+    if not rule:
+        raise ValueError("exclude: an empty rule would drop every point")
+    checked: dict[str, tuple[Any, ...]] = {}
+    for axis, value in rule.items():
+        if axis not in AXES:
+            raise ValueError(f"exclude: no such field '{axis}'; {did_you_mean(axis, AXES)}")
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        for name in values if axis in specs else ():
+            if name not in specs[axis]:
+                hint = did_you_mean(name, specs[axis])
+                raise ValueError(f"exclude: unknown {axis} '{name}'; {hint}")
+        checked[axis] = values
+    return checked
+
+
+def _even(samples: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    """Cut samples into slices of at most `size`, of nearly equal length."""
+    parts = -(-len(samples) // size)
+    for i in range(parts):
+        yield tuple(samples[len(samples) * i // parts : len(samples) * (i + 1) // parts])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

@@ -1,0 +1,160 @@
+"""Schedule: units onto workers, reports back to the driver; inline here, Ray Tune next door.
+
+Invariants:
+* Both backends deliver the same reports; `on_report` runs in the driver's main thread, before
+  the sample counts as delivered.
+* A unit whose worker broke is tried again, up to `cluster.max_failures` times, for the samples
+  that it did not deliver; the sample it broke at goes last, so that it holds up no other.
+* What could not be run at all is handed to `on_failure`, once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quest_dist.cluster import Cluster, Workers
+from quest_dist.plan import Unit
+from quest_dist.worker import Runtime, describe
+
+Report = dict[str, Any]
+OnReport = Callable[[Report], None]
+OnFailure = Callable[[Unit, str], None]
+RunUnit = Callable[[Mapping[str, Any], Mapping[str, Any]], Iterator[Report]]
+WORKER = "quest_dist.worker:run"
+
+
+@dataclass
+class Round:
+    """One pass over the units that are left: what was delivered and what broke.
+
+    `broken` maps a unit's key to (message, whether another try can help).
+    """
+
+    units: Sequence[Unit]
+    on_report: OnReport
+    delivered: dict[str, set[int]] = field(default_factory=dict)
+    broken: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    interrupted: bool = False
+    error: Exception | None = None
+
+    def deliver(self, report: Report) -> None:
+        """Hand a report to the driver; an error there ends the round and is raised after it."""
+        if self.error is not None:
+            return
+        try:
+            self.on_report(report)
+        except Exception as error:
+            self.error = error
+            return
+        self.delivered.setdefault(report["unit"], set()).add(report["sample"])
+
+    def left(self) -> Iterator[tuple[Unit, str, bool]]:
+        """Yield what of each unit was not delivered, why, and whether to try it again."""
+        for unit in self.units:
+            done = self.delivered.get(unit.key, set())
+            samples = [sample for sample in unit.samples if sample not in done]
+            if samples:
+                message, again = self.broken.get(unit.key, ("", True))
+                rotated = (*samples[1:], samples[0]) if message else tuple(samples)
+                yield Unit(unit.points, rotated), message, again
+
+
+def run(
+    units: Sequence[Unit],
+    workers: Workers,
+    cluster: Cluster,
+    on_report: OnReport,
+    on_failure: OnFailure,
+    storage: Path,
+    run_unit: str = WORKER,
+) -> bool:
+    """Run all units; return False when the user interrupted.
+
+    `storage` is a folder for Ray Tune's own files, which nothing reads again. Raises ValueError
+    when the cluster can never satisfy a worker, and whatever `on_report` raised.
+    """
+    if cluster.backend == "inline":
+        return _rounds(units, cluster, on_report, on_failure, Inline(workers, run_unit))
+    from quest_dist.schedule_ray import Tuned
+
+    with Tuned(workers, cluster, storage, run_unit) as tuned:
+        return _rounds(units, cluster, on_report, on_failure, tuned)
+
+
+def _rounds(
+    units: Sequence[Unit],
+    cluster: Cluster,
+    on_report: OnReport,
+    on_failure: OnFailure,
+    backend: Callable[[Round], None],
+) -> bool:
+    for attempt in range(cluster.max_failures + 1):
+        current = Round(units, on_report)
+        backend(current)
+        if current.error is not None:
+            raise current.error
+        if current.interrupted:
+            return False
+        last = attempt == cluster.max_failures
+        again = []
+        for unit, message, retry in current.left():
+            if retry and not last:
+                again.append(unit)
+            else:
+                on_failure(unit, message or "the worker ended without a result")
+        units = again
+        if not units:
+            break
+    return True
+
+
+@dataclass(frozen=True)
+class Inline:
+    """Run a round in this process, one unit after the other."""
+
+    workers: Workers
+    run_unit: str
+
+    def __call__(self, current: Round) -> None:
+        """Run the round's units, in order."""
+        runtime = Runtime(self.workers.cpus, self.workers.gpus)
+        evaluate = resolve(self.run_unit)
+        try:
+            for unit in current.units:
+                self._unit(evaluate, unit, runtime, current)
+        except KeyboardInterrupt:
+            current.interrupted = True
+
+    @staticmethod
+    def _unit(evaluate: RunUnit, unit: Unit, runtime: Runtime, current: Round) -> None:
+        try:
+            for report in evaluate(unit.to_dict(), runtime.to_dict()):
+                current.deliver(report)
+                if current.error is not None:
+                    return
+        except Exception as error:
+            current.broken[unit.key] = (describe(error), can_retry(error))
+
+
+def resolve(path: str) -> RunUnit:
+    """Return the function that 'module:function' names."""
+    module, _, name = path.partition(":")
+    found: RunUnit = getattr(importlib.import_module(module), name)
+    return found
+
+
+def can_retry(error: Exception) -> bool:
+    """Whether running the same unit again could end otherwise; wrong input never does."""
+    return not isinstance(error, ValueError | TypeError | ImportError | FileNotFoundError)
+
+
+def by_model(units: Iterable[Unit]) -> dict[str, int]:
+    """Number the distinct models of the units, in order of appearance."""
+    numbers: dict[str, int] = {}
+    for unit in units:
+        numbers.setdefault(unit.first.model.canonical(), len(numbers))
+    return numbers

@@ -1,0 +1,215 @@
+"""Units on Ray Tune: one trial a unit, actors reused so that a loaded model stays loaded.
+
+A round is a fresh `Tuner` over the units that are left: what Tune stores is disposable, and
+continuing, retrying and widening a grid are the same thing to it. Trials of one model share a
+placement key (a few bytes of `memory` that differ by model), so that an actor is reused only for
+its own model. A cluster that was running before is attached to and left running.
+
+Everything that concerns Ray is in this module.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quest_dist.cluster import Cluster, Workers
+from quest_dist.plan import Unit
+from quest_dist.schedule import Round, by_model, can_retry, describe, resolve
+from quest_dist.worker import Runtime
+
+# Read by Ray when it is imported: no telemetry, no per-trial log files, no change of directory.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+
+OBJECT_STORE_BYTES = 200 * 2**20  # reports are small; Ray would take 30 % of the memory
+#: Variables of the driver that the workers of an attached cluster get too.
+_CARRIED = ("HF_", "QUEST_", "OMP_", "TOKENIZERS_")
+
+
+class Tuned:
+    """A connection to Ray and how to run a round on it; a context manager."""
+
+    def __init__(self, workers: Workers, cluster: Cluster, storage: Path, run_unit: str) -> None:
+        self.workers, self.cluster = workers, cluster
+        self.storage, self.run_unit = storage.absolute(), run_unit
+        self._started = False
+        self._rounds = 0
+
+    def __enter__(self) -> Tuned:
+        """Connect, and refuse workers that no node could ever hold."""
+        if not ray.is_initialized():
+            self._started = True
+            if self.cluster.address is None:
+                self._start()
+            else:
+                self._attach(self.cluster.address)
+        try:
+            check_fits(self.workers, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+        except ValueError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the private cluster; from one that was attached to, only disconnect."""
+        if self._started:
+            ray.shutdown()
+
+    def _start(self) -> None:
+        # Ray listens on every interface unless it thinks that nodes cannot join.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        ray.init(
+            address="local",
+            num_cpus=self.workers.count * self.workers.cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="error",
+            namespace="quest_dist",
+        )
+
+    def _attach(self, address: str) -> None:
+        carried = {k: v for k, v in os.environ.items() if k.startswith(_CARRIED)}
+        env = {**_SETTINGS, **carried, **self.cluster.env}
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level="error",
+                namespace="quest_dist",
+                runtime_env={"env_vars": env},
+            )
+        except ConnectionError as error:
+            raise ValueError(
+                f"cluster.address={address}: no Ray cluster answers there ({error})"
+            ) from error
+
+    def __call__(self, current: Round) -> None:
+        """Run a round: every unit a trial, in the order given."""
+        self._rounds += 1
+        workers, models = self.workers, by_model(current.units)
+        # `import_path` lets workers find the evaluator where the driver found it (tests).
+        config = {
+            "unit": tune.grid_search([unit.to_dict() for unit in current.units]),
+            "runtime": Runtime(workers.cpus, workers.gpus).to_dict(),
+            "run_unit": self.run_unit,
+            "import_path": [p for p in sys.path if p],
+        }
+
+        def bundle(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+            model = models[Unit.from_dict(config["unit"]).first.model.canonical()]
+            need = {"CPU": float(workers.cpus), "memory": 1024.0 * (1 + model)}
+            return tune.PlacementGroupFactory([need | ({"GPU": workers.gpus} if workers.gpus else {})])
+
+        tuner = tune.Tuner(
+            tune.with_resources(evaluate, bundle),
+            param_space=config,
+            tune_config=tune.TuneConfig(
+                reuse_actors=True,
+                trial_name_creator=lambda trial: f"unit-{trial.config['unit']['key'][:8]}",
+                trial_dirname_creator=lambda trial: f"{trial.trial_id}",
+            ),
+            run_config=tune.RunConfig(
+                name=f"round-{os.getpid()}-{self._rounds}",
+                storage_path=str(self.storage),
+                verbose=0,
+                callbacks=[Delivery(current)],
+                stop=Halt(current),
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        tuner.fit()
+        reached = set(current.broken)
+        for unit in current.units:
+            if current.delivered.get(unit.key, set()) >= set(unit.samples):
+                reached.add(unit.key)
+        # An interrupted fit() returns as if all had gone well; only what arrived can tell.
+        current.interrupted = len(reached) < len(current.units) and current.error is None
+
+
+def evaluate(config: Mapping[str, Any]) -> None:
+    """Run one unit in a worker: one Tune report a sample, a last one for what broke it."""
+    sys.path += [path for path in config["import_path"] if path not in sys.path]
+    try:
+        run_unit = resolve(config["run_unit"])
+        for report in run_unit(config["unit"], config["runtime"]):
+            tune.report({"report": report})
+    except Exception as error:
+        unit = config["unit"]["key"]
+        tune.report({"broken": {"unit": unit, "message": describe(error), "again": can_retry(error)}})
+        if can_retry(error):
+            raise  # a fresh process for whatever comes next
+
+
+class Delivery(tune.Callback):  # type: ignore[misc]
+    """Hands what trials report to the round. Tune pickles callbacks; a round stays here."""
+
+    def __init__(self, current: Round | None = None) -> None:
+        self.current = current
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"current": None}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Deliver a report, taking it out of the result so that Tune stores none of it."""
+        report, broken = result.pop("report", None), result.pop("broken", None)
+        if self.current is None:
+            return
+        if broken is not None:
+            self.current.broken[broken["unit"]] = (broken["message"], broken["again"])
+        if report is not None:
+            self.current.deliver(report)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note a unit whose process ended without saying why."""
+        if self.current is not None:
+            key = trial.config["unit"]["key"]
+            self.current.broken.setdefault(key, ("the worker process died (out of memory?)", True))
+
+
+class Halt(tune.Stopper):  # type: ignore[misc]
+    """Ends the round when the driver could not take a report (a full disk, for example)."""
+
+    def __init__(self, current: Round | None = None) -> None:
+        self.current = current
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"current": None}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the driver has failed."""
+        return self.current is not None and self.current.error is not None
+
+
+def check_fits(workers: Workers, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise ValueError when no node can ever hold one worker; Ray would wait for ever."""
+    wanted = {"CPU": float(workers.cpus), "GPU": workers.gpus}
+    if any(all(node.get(name, 0.0) >= n for name, n in wanted.items()) for node in nodes):
+        return
+    largest = ", ".join(
+        f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}s" for name in wanted
+    )
+    raise ValueError(
+        f"cluster: a worker needs {workers.cpus} CPUs and {workers.gpus:g} GPUs on one node; the"
+        f" largest of {len(nodes)} nodes have {largest} (see cluster.cpus_per_worker, gpus_per_worker)"
+    )

@@ -1,0 +1,234 @@
+"""Intervals: how far an average over few samples can be trusted, and what follows from it.
+
+Invariants: every interval is 95 %, two-sided, deterministic, and contains its estimate. One sample
+has no interval (NaN), never a zero-width one. Comparisons with full are paired: the same samples.
+
+Which interval (each sample is one draw; scores are 0..100, perplexity samples are mean NLLs):
+    one sample                           none
+    only zeros and hundreds              Wilson (1927); so 10 of 10 reads 72..100, not 100..100
+    all scores alike, but neither        Wilson at that share: no 0..100 score varies more
+    fewer than 8 samples                 Student's t, cut to the range of the score
+    8 or more                            bootstrap, percentiles widened for small n (Hesterberg
+                                         2015, "expanded percentile")
+    a paired difference where fewer      Agresti & Min (2005): as if one more pair were equal, and
+    than 5 samples differ                half a pair lost and half a pair won everything; a
+                                         bootstrap would report certainty it cannot have
+Perplexity is exp of the mean NLL, and its interval goes through exp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from quest_dist.table import Row
+
+LEVEL = 0.95
+RESAMPLES = 5000
+SEED = 0
+FEWEST_FOR_BOOTSTRAP = 8
+FEWEST_DIFFERENT = 5
+POINTS = frozenset({"f1", "rouge_l", "accuracy"})  # metrics whose samples lie in 0..100
+LOWER_IS_BETTER = frozenset({"perplexity"})
+
+_Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval; NaN bounds where `n` samples cannot give one."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
+
+
+def summary(samples: Sequence[float], metric: str) -> Estimate:
+    """Aggregate of one point: the mean of its samples, or exp of it for perplexity."""
+    values = np.asarray(samples, dtype=np.float64)
+    n = len(values)
+    if n == 0:
+        return NOTHING
+    mean = float(values.mean())
+    if metric not in POINTS:
+        low, high = _interval(values)
+        if metric == "perplexity":
+            return Estimate(math.exp(mean), math.exp(low), math.exp(high), n)
+        return Estimate(mean, low, high, n)
+    if n > 1 and (np.all(values == values[0]) or np.all((values == 0) | (values == 100))):
+        low, high = wilson(mean / 100, n)
+        return _holding(mean, 100 * low, 100 * high, n)
+    low, high = _interval(values)
+    return _holding(mean, max(low, 0.0), min(high, 100.0), n)
+
+
+def paired(samples: Sequence[float], full: Sequence[float], metric: str) -> Estimate:
+    """Score minus full's score over the same samples, in the metric's own unit.
+
+    For perplexity the interval is that of the mean NLL difference, carried through exp at full's
+    measured perplexity.
+    """
+    if len(samples) != len(full):
+        raise ValueError(f"paired: {len(samples)} samples against {len(full)} of full")
+    if not len(samples):
+        return NOTHING
+    differences = np.asarray(samples, dtype=np.float64) - np.asarray(full, dtype=np.float64)
+    n, mean = len(differences), float(differences.mean())
+    if metric == "perplexity":
+        low, high = _interval(differences)
+        base = math.exp(float(np.mean(full)))
+        value, low, high = (base * math.expm1(x) for x in (mean, low, high))
+        return Estimate(value, low, high, n)
+    if metric not in POINTS:
+        return Estimate(mean, *_interval(differences), n)
+    if n > 1 and np.count_nonzero(differences) < FEWEST_DIFFERENT:
+        low, high = _few_differ(differences)
+    else:
+        low, high = _interval(differences)
+    return _holding(mean, max(low, -100.0), min(high, 100.0), n)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion seen as `share` (0..1) of `n` trials."""
+    spread = _Z * _Z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = _Z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def loss(row: Row) -> tuple[float, float]:
+    """How much worse than full a row is: (estimate, worst case of its interval).
+
+    Positive is worse. In points of the score; for perplexity in percent of full's perplexity.
+    """
+    if row.metric in LOWER_IS_BETTER:
+        full = row.score - row.delta
+        return 100 * row.delta / full, 100 * row.delta_high / full
+    return -row.delta, -row.delta_low
+
+
+def smallest_lossless_budget(rows: Iterable[Row], delta: float) -> int | None:
+    """Smallest budget of one curve that loses less than `delta` against full, surely.
+
+    Surely: the whole paired interval lies on the good side of -delta, and the estimate of no larger
+    budget lies on the bad side of it. None where no budget is resolved. `delta` is in points (for
+    perplexity in percent).
+    """
+    curve = sorted((row for row in rows if row.budget is not None), key=lambda row: row.budget or 0)
+    found: int | None = None
+    for row in reversed(curve):
+        estimate, worst = loss(row)
+        if estimate >= delta:
+            break
+        if worst < delta:
+            found = row.budget
+    return found
+
+
+def recommendation(rows: Iterable[Row], delta: float = 2.0) -> list[str]:
+    """One line a curve: from which budget on it is lossless, or why that cannot be said."""
+    curves: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if row.budget is not None and row.n:
+            curves.setdefault(row.curve, []).append(row)
+    several_models = len({key[0] for key in curves}) > 1
+    lines = []
+    for curve in curves.values():
+        first = curve[0]
+        name = f"{first.task}: {first.label}" + (f" on {first.model}" if several_models else "")
+        unit = " %" if first.metric in LOWER_IS_BETTER else ""
+        lines.append(f"{name} {_verdict(curve, delta, unit)}")
+    return lines
+
+
+def _verdict(curve: Sequence[Row], delta: float, unit: str) -> str:
+    counted = sorted({row.pairs for row in curve})
+    n = f"n={counted[0]}" if len(counted) == 1 else f"n={counted[0]}..{counted[-1]}"
+    if not counted[-1]:
+        return "cannot be compared: full has no result on the same samples"
+    budget = smallest_lossless_budget(curve, delta)
+    if budget is not None:
+        return f"lossless from {budget} (delta {delta:g}{unit}, {n})"
+    best = min((row for row in curve if row.pairs), key=lambda row: (loss(row)[0], row.budget))
+    if math.isnan(best.delta_low):
+        return f"not resolved with {n}"
+    if loss(best)[0] >= delta:
+        return f"loses more than {delta:g}{unit} at every budget measured ({n})"
+    seen = f"{best.delta:+.1f} [{best.delta_low:+.1f}, {best.delta_high:+.1f}] at {best.budget}"
+    return f"not resolved with {n} (delta {delta:g}{unit}; nearest to full: {seen})"
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Interval of a mean without a known range: none, Student's t or bootstrap, by n."""
+    n = len(values)
+    if n < 2:
+        return math.nan, math.nan
+    mean = float(values.mean())
+    if np.all(values == values[0]):
+        return mean, mean
+    if n < FEWEST_FOR_BOOTSTRAP:
+        half = _student(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+        return mean - half, mean + half
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student(n - 1))
+    means = _draws(n) @ (values - mean) / n
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return mean + min(float(low), 0.0), mean + max(float(high), 0.0)
+
+
+def _few_differ(differences: NDArray[np.float64]) -> tuple[float, float]:
+    n = len(differences) + 2
+    mean = float(differences.sum()) / n
+    square = (float(np.square(differences).sum()) + 100.0**2) / n
+    half = _Z * math.sqrt((square - mean * mean) / n)
+    return mean - half, mean + half
+
+
+def _holding(value: float, low: float, high: float, n: int) -> Estimate:
+    """Rounding and shrunken centres must not push a value out of its own interval."""
+    return Estimate(value, min(low, value), max(high, value), n)
+
+
+@lru_cache(maxsize=4)
+def _draws(n: int) -> NDArray[np.float64]:
+    """How often each of n samples is drawn, [RESAMPLES, n]. Shared, so intervals are comparable."""
+    chosen = np.random.default_rng([SEED, n]).integers(n, size=(RESAMPLES, n))
+    counts = np.zeros((RESAMPLES, n))
+    np.add.at(counts, (np.arange(RESAMPLES)[:, None], chosen), 1.0)
+    return counts
+
+
+@lru_cache(maxsize=64)
+def _student(freedom: int) -> float:
+    """The t beyond which 2.5 % of Student's distribution lie on either side, by bisection."""
+    low, high = 0.0, 1000.0
+    while high - low > 1e-10 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < LEVEL else (low, middle)
+    return (low + high) / 2
+
+
+def _within(t: float, freedom: int) -> float:
+    """P(|T| <= t), Abramowitz & Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine = math.cos(angle)
+    odd = freedom % 2
+    term = total = cosine if odd else 1.0
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    if freedom == 1:
+        return 2 * angle / math.pi
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total

@@ -1,0 +1,268 @@
+"""The table of points: one row per point, everything a figure, a tracker or a reader needs of it.
+
+Invariants: rows are a pure function of points and records; a row without records is still a row
+(`missing`); NaN means "not known" and is an empty cell in the CSV; its CSV reads back equal.
+Every difference with full is paired over the samples both have.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quest_dist import stats
+
+if TYPE_CHECKING:
+    from quest_dist.plan import Point
+
+Record = Mapping[str, Any]
+
+
+class Records(Protocol):
+    """Where records come from: the ledger, or anything that answers as it does."""
+
+    def records(self, point: str) -> Sequence[Record]:
+        """Finished records of a point key, in sample order."""
+
+    def failures(self, point: str) -> Sequence[Record]:
+        """Records with an `error`, of samples that have not succeeded."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point, summed up. Scores in the metric's unit, sizes in tokens, time in seconds."""
+
+    point: str
+    model: str
+    task: str
+    method: str
+    data: str
+    label: str
+    budget: int | None  # None: the method has no budget (full)
+    page_size: int
+    dense_layers: int
+    protocol: str
+    seed: int
+    metric: str  # as its records name it; empty where the task has none yet
+    n: int  # samples scored
+    n_expected: int
+    score: float
+    low: float  # 95 % interval of the score
+    high: float
+    pairs: int  # samples shared with full
+    delta: float  # score minus full's over those pairs
+    delta_low: float
+    delta_high: float
+    attended: float  # measured mean tokens attended per query head and decode step
+    planned: float  # what the budget promised
+    read: float  # mean tokens read per kv head: the union over its group
+    context_tokens: float
+    new_tokens: float
+    seconds: float  # sum over samples of the decode time shared by a batch's rows
+    truncated: int  # samples whose context was cut to the model's limit
+    finished_at: float  # unix time of the last record
+    status: str  # finished | partial | failed | missing
+    error: str
+
+    @property
+    def setting(self) -> tuple[object, ...]:
+        """What rows must share to stand in one panel, the task aside."""
+        return (self.model, self.data, self.protocol, self.seed)
+
+    @property
+    def curve(self) -> tuple[object, ...]:
+        """What rows must share to be dots of one line: all but the budget."""
+        where = (*self.setting, self.task)
+        return (*where, self.method, self.label, self.page_size, self.dense_layers)
+
+
+def rows(points: Sequence[Point], ledger: Records, expected: Mapping[str, int]) -> list[Row]:
+    """The table, in the order of the points; `expected` maps a key to the samples asked for."""
+    records = {point.key: ledger.records(point.key) for point in points}
+    metrics: dict[str, str] = {}
+    full: dict[str, str] = {}
+    for point in points:
+        for record in records[point.key][:1]:
+            metrics[point.task.name] = str(record["metric"])
+        if point.method.name == "full":
+            full[point.family] = point.key
+            full.setdefault(_ground(point), point.key)
+    table = []
+    for point in points:
+        # Full attention reads the same tokens whatever the page size, so any full will do.
+        base = full.get(point.family) or full.get(_ground(point))
+        reference = records[base] if base else []
+        failures = ledger.failures(point.key)
+        count, metric = expected.get(point.key, 0), metrics.get(point.task.name, "")
+        table.append(_row(point, records[point.key], failures, reference, count, metric))
+    return table
+
+
+def _ground(point: Point) -> str:
+    """What a point must share with the full it is compared with, as text."""
+    return json.dumps(
+        [point.identity[k] for k in ("model", "task", "data", "protocol", "seed")], sort_keys=True
+    )
+
+
+def _row(
+    point: Point,
+    found: Sequence[Record],
+    failures: Sequence[Record],
+    full: Sequence[Record],
+    expected: int,
+    metric: str,
+) -> Row:
+    scores = {r["sample"]: float(r["score"]) for r in found}
+    reference = {r["sample"]: float(r["score"]) for r in full}
+    shared = sorted(scores.keys() & reference.keys())
+    score = stats.summary(list(scores.values()), metric)
+    delta = stats.paired([scores[s] for s in shared], [reference[s] for s in shared], metric)
+    if failures:
+        status = "failed"
+    elif not found:
+        status = "missing"
+    else:
+        status = "finished" if score.n >= expected else "partial"
+    return Row(
+        point=point.key,
+        model=point.model.name,
+        task=point.task.name,
+        method=point.method.name,
+        data=point.data.name,
+        label=point.method.label,
+        budget=point.budget,
+        page_size=point.page_size,
+        dense_layers=point.dense_layers,
+        protocol=point.protocol.name,
+        seed=point.seed,
+        metric=metric,
+        n=score.n,
+        n_expected=expected,
+        score=score.value,
+        low=score.low,
+        high=score.high,
+        pairs=delta.n,
+        delta=delta.value,
+        delta_low=delta.low,
+        delta_high=delta.high,
+        attended=_mean(found, "attended"),
+        planned=_mean(found, "planned"),
+        read=_mean(found, "read"),
+        context_tokens=_mean(found, "context_tokens"),
+        new_tokens=_mean(found, "new_tokens"),
+        seconds=math.fsum(float(r["seconds"]) for r in found),
+        truncated=sum(bool(r.get("truncated")) for r in found),
+        finished_at=max((float(r["finished_at"]) for r in [*found, *failures]), default=math.nan),
+        status=status,
+        error=last_line(str(failures[0]["error"])) if failures else "",
+    )
+
+
+def last_line(error: str) -> str:
+    """The line of an error text that names the error, cut to what fits a cell."""
+    return (error.strip() or "unknown error").splitlines()[-1][:500]
+
+
+def _mean(records: Sequence[Record], key: str) -> float:
+    values = [float(r[key]) for r in records if r.get(key) is not None]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def to_csv(table: Iterable[Row]) -> str:
+    """The table as CSV text, one header line; None and NaN are empty cells."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    for row in table:
+        writer.writerow({key: _cell(value) for key, value in asdict(row).items()})
+    return text.getvalue()
+
+
+def from_csv(text: str | Path) -> list[Row]:
+    """Rows back from CSV text, or from the file at a Path."""
+    if isinstance(text, Path):
+        text = text.read_text(encoding="utf-8")
+    reader = csv.DictReader(io.StringIO(text))
+    names = {f.name for f in fields(Row)}
+    lacking = names - set(reader.fieldnames or ())
+    if lacking:
+        raise ValueError(f"table: no column {sorted(lacking)[0]!r}; need {', '.join(names)}")
+    types = {f.name: str(f.type) for f in fields(Row)}
+    return [
+        Row(**{name: _value(types[name], line[name]) for name in types})  # type: ignore[arg-type]
+        for line in reader
+    ]
+
+
+def _cell(value: object) -> object:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
+
+
+def _value(kind: str, cell: str) -> object:
+    if kind == "str":
+        return cell
+    if kind == "float":
+        return float(cell) if cell else math.nan
+    return int(cell) if cell else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a panel: a method's rows by budget; `flat` is the row without a budget."""
+
+    method: str
+    label: str
+    by_budget: Mapping[int, Row]
+    flat: Row | None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is compared with each other: one task under one model, data and protocol."""
+
+    task: str
+    model: str
+    data: str
+    metric: str
+    budgets: tuple[int, ...]
+    lines: tuple[Line, ...]
+
+
+def pivot(table: Sequence[Row]) -> list[Panel]:
+    """The table arranged for reading: panels in the order of the rows, lines in theirs.
+
+    A line's label names page size or dense layers where the table has several, so that no two lines
+    of a panel share a label unless they are the same method and setting.
+    """
+    grouped: dict[tuple[object, ...], dict[tuple[object, ...], list[Row]]] = {}
+    for row in table:
+        grouped.setdefault((*row.setting, row.task), {}).setdefault(row.curve, []).append(row)
+    panels = []
+    for curves in grouped.values():
+        first = next(iter(curves.values()))[0]
+        lines = [_line(members, table) for members in curves.values()]
+        budgets = sorted({budget for line in lines for budget in line.by_budget})
+        where = (first.task, first.model, first.data, first.metric)
+        panels.append(Panel(*where, tuple(budgets), tuple(lines)))
+    return panels
+
+
+def _line(members: Sequence[Row], table: Sequence[Row]) -> Line:
+    first = members[0]
+    label = first.label
+    # Full does not depend on either; budgeted methods do.
+    if first.budget is not None:
+        if len({r.page_size for r in table if r.budget is not None}) > 1:
+            label += f", page {first.page_size}"
+        if len({r.dense_layers for r in table if r.budget is not None}) > 1:
+            label += f", {first.dense_layers} dense"
+    by_budget = {row.budget: row for row in members if row.budget is not None}
+    flat = next((row for row in members if row.budget is None), None)
+    return Line(first.method, label, dict(sorted(by_budget.items())), flat)

@@ -1,0 +1,104 @@
+"""PG-19: perplexity of long prose, token by token after a prefilled beginning.
+
+With `prefill: 0` every token but the first is decoded, as in the paper's figure; a longer prefill
+measures the same positions for the price of the scored tokens alone. Sample i is segment i // n of
+book i % n of n books, so the first n samples are the beginnings of n different books. Segments start
+at paragraphs, at least SPAN characters a token apart, so they practically never overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quest_dist.tasks.prompt import Language, Protocol
+from quest_dist.tasks.sources import Source
+from quest_dist.tasks.task import Outcome, Sample
+
+SPAN = 6
+"""Characters of prose reserved a token: more than English takes in any common vocabulary."""
+VERSION = 1
+
+
+class PG19:
+    """Mean negative log-likelihood in nats of `tokens` tokens after `prefill` tokens of a book."""
+
+    metric = "perplexity"
+
+    def __init__(
+        self,
+        *,
+        data: Source,
+        seed: int = 0,
+        protocol: Mapping[str, Any] | None = None,
+        samples: int = 10,
+        prefill: int = 3584,
+        tokens: int = 512,
+    ) -> None:
+        """Check the settings; books are read from `data` at first need."""
+        if samples < 1 or tokens < 1 or prefill < 0:
+            raise ValueError(
+                f"task.samples={samples}, tokens={tokens} must be >= 1 and prefill={prefill} >= 0"
+            )
+        Protocol.parse(protocol)  # refused here if wrong, although perplexity has no question
+        self.data, self.samples, self.prefill, self.tokens = data, samples, prefill, tokens
+        self._segments: list[tuple[str, str]] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return the identity of the books."""
+        return {**self.data.identity("pg19"), "version": VERSION}
+
+    def segments(self) -> list[tuple[str, str]]:
+        """Return (title, text) of every segment: the first of each book, then the second of each..."""
+        if self._segments is None:
+            need = SPAN * (max(1, self.prefill) + self.tokens)
+            found = []
+            for rank, (title, text) in enumerate(self.data.books()):
+                start, part = 0, 0
+                while len(text) - start >= need:
+                    found.append((part, rank, title, text[start : start + 2 * need]))
+                    paragraph = text.find("\n\n", start + need)
+                    start, part = (paragraph + 2 if paragraph >= 0 else len(text)), part + 1
+            if not found:
+                raise ValueError(
+                    f"no book has the {need} characters that task.prefill={self.prefill} and "
+                    f"task.tokens={self.tokens} need"
+                )
+            self._segments = [(title, text) for _, _, title, text in sorted(found)]
+        return self._segments
+
+    def count(self) -> int:
+        """Return the number of segments, capped by `samples`."""
+        return min(self.samples, len(self.segments()))
+
+    def sample(self, index: int, language: Language) -> Sample:
+        """Cut segment `index` into a prefilled beginning and scored tokens."""
+        title, text = self.segments()[index]
+        head = max(1, self.prefill)
+        if head + self.tokens + 1 > language.max_length:
+            raise ValueError(
+                f"task.prefill={self.prefill} + task.tokens={self.tokens} is more than "
+                f"model.max_length={language.max_length}"
+            )
+        # One more than is scored: the first token of the tail is predicted by the dense prefill.
+        size = head + self.tokens + 1
+        ids = (*language.opening(text), *language.encode(text))[:size]
+        if len(ids) < size:
+            raise ValueError(
+                f"book {title!r} has only {len(ids)} of the {size} tokens that "
+                f"task.prefill and task.tokens ask for"
+            )
+        return Sample(
+            index=index,
+            context=ids[:head],
+            tail=ids[head:],
+            answers=(),
+            max_new_tokens=0,
+            score_tail=True,
+            info={"book": title},
+        )
+
+    def score(self, sample: Sample, outcome: Outcome) -> float:
+        """Return the mean of the tail's negative log-likelihoods, in nats."""
+        assert len(outcome.nll) == len(sample.tail) - 1, (len(outcome.nll), len(sample.tail))
+        return sum(outcome.nll) / len(outcome.nll)

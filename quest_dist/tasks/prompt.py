@@ -1,0 +1,217 @@
+"""Language: how text becomes the token ids of one prompt, and where decoding starts in them.
+
+A prompt is one string, `head + body + foot`: the chat format around the task's own text. It is
+tokenised once; the split into context and tail, and a cut to the model's limit, happen on the ids of
+that one tokenisation. (Tokenising the parts apart, as released evaluation code does, drops or adds a
+token at the seam, so that even full attention no longer answers the prompt of the benchmark.)
+
+Where the tail starts is a rule of the protocol:
+* `question`   at the task's question, by the structure of its template;
+* `charsN`     at the last N characters, but not before the task's marker (the released code);
+* `released`   the `charsN` that the released code uses for this task;
+* `tokensN`    at the last N tokens; `tokens1` prefills everything, as LongBench itself does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quest_dist.suggest import did_you_mean
+
+CHAT_FORMATS: Mapping[str, tuple[str, str]] = {
+    "none": ("", ""),
+    # FastChat's conversation "vicuna_v1.1", which LongChat and Vicuna share.
+    "vicuna": (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
+        " ASSISTANT:",
+    ),
+    # LongBench's own wrapping for Llama-2 chat models: no blanks inside the brackets, no system text.
+    "llama2": ("[INST]", "[/INST]"),
+}
+"""Text before and after what the user says. `template` asks the tokenizer's own chat template."""
+
+CHAT_CHOICES = (*CHAT_FORMATS, "template")
+TAIL_CHOICES = ("question", "released", "chars100", "chars400", "tokens1")
+
+
+def unknown(what: str, value: object, choices: Collection[str]) -> ValueError:
+    """Return the error for a value that is not one of `choices`."""
+    return ValueError(f"{what}={value!r}: no such choice; {did_you_mean(value, choices)}")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How samples are presented: the settings of `conf/protocol` that tasks obey."""
+
+    tail: str = "question"
+    chat: bool = True
+    """False: no task is wrapped in the model's chat format."""
+    truncation: str = "middle"
+    """`middle` keeps both ends of a prompt that is too long; `error` refuses it."""
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any] | None) -> Protocol:
+        """Read the settings that concern prompts; ValueError names the key, value and choices."""
+        settings = settings or {}
+        tail = str(settings.get("tail", cls.tail))
+        if not re.fullmatch(r"question|released|(chars|tokens)[1-9]\d*", tail):
+            raise unknown("protocol.tail", tail, TAIL_CHOICES)
+        truncation = str(settings.get("truncation", cls.truncation))
+        if truncation not in ("middle", "error"):
+            raise unknown("protocol.truncation", truncation, ("middle", "error"))
+        chat = settings.get("chat", cls.chat)
+        if not isinstance(chat, bool):
+            raise ValueError(f"protocol.chat={chat!r} is not true or false")
+        return cls(tail, chat, truncation)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The token ids of one prompt, split where decoding starts."""
+
+    context: tuple[int, ...]
+    tail: tuple[int, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Language:
+    """A tokenizer with everything that turns a task's text into the ids a model sees."""
+
+    tokenizer: Any
+    """A transformers tokenizer that reports character offsets (any `tokenizers`-backed one)."""
+    head: str
+    foot: str
+    max_length: int
+    """Tokens the model can hold: context, tail and generated ones together."""
+    eos_ids: frozenset[int]
+    """Ids that end an answer: all of the tokenizer's, the model's and its generation defaults."""
+    bos: int | None = None
+    """Id put before every prompt; None where the tokenizer itself puts none."""
+    max_prompt: int | None = None
+    """Tokens of the unwrapped prompt above which it is cut, where a benchmark states such a limit."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the ids of `text` with nothing added around them."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens left out."""
+        text: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def opening(self, text: str) -> tuple[int, ...]:
+        """Return the BOS id that belongs before `text`, unless a chat template has written it."""
+        if self.bos is None or text.startswith(str(self.tokenizer.bos_token)):
+            return ()
+        return (self.bos,)
+
+    def length(self, body: str, *, chat: bool = True) -> int:
+        """Count the tokens of the whole prompt around `body`."""
+        text = self.head + body + self.foot if chat else body
+        return len(self.opening(text)) + len(self.encode(text))
+
+    def cut(
+        self,
+        body: str,
+        protocol: Protocol,
+        *,
+        question: int,
+        marker: int = -1,
+        released: str = "chars100",
+        chat: bool = True,
+        reserve: int = 0,
+    ) -> Cut:
+        """Tokenise the prompt around `body` once and split it by the protocol's rule.
+
+        `question` and `marker` are character positions in `body`: where the question begins, and
+        where the released code's marker stands (-1: none). `released` is the task's released rule;
+        `reserve` counts the tokens that will be generated after the prompt. ValueError where the
+        prompt cannot fit, or where it must be cut and the protocol refuses that.
+        """
+        head, foot = (self.head, self.foot) if chat and protocol.chat else ("", "")
+        text = head + body + foot
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in coded["offset_mapping"]]
+        opening = self.opening(text)
+        ids = (*opening, *coded["input_ids"])
+        rule = released if protocol.tail == "released" else protocol.tail
+        if rule.startswith("tokens"):
+            split = len(ids) - int(rule.removeprefix("tokens"))
+        else:
+            at = len(head) + question
+            if rule != "question":
+                floor = len(head) + marker if marker >= 0 else -1
+                at = max(len(text) - int(rule.removeprefix("chars")), floor)
+            # A token that straddles the position belongs to the tail: it cannot be prefilled by half.
+            split = len(opening) + sum(end <= at for end in ends)
+
+        inner = sum(end <= len(head) for end in ends) if head else 0
+        outer = sum(end > len(text) - len(foot) for end in ends) if foot else 0
+        first, last = self._kept(len(ids), len(opening), inner, outer, reserve)
+        truncated = first < last
+        if truncated and protocol.truncation == "error":
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, more than model.max_length={self.max_length} "
+                f"less {reserve} to generate, and protocol.truncation=error forbids cutting it"
+            )
+        if truncated:
+            ids = ids[:first] + ids[last:]
+            split = max(split - (last - first), first) if split >= first else split
+        split = min(max(split, 1), len(ids) - 1)
+        return Cut(ids[:split], ids[split:], truncated)
+
+    def _kept(
+        self, total: int, opening: int, inner: int, outer: int, reserve: int
+    ) -> tuple[int, int]:
+        """Return (first, last): ids[first:last] is what a prompt that is too long loses.
+
+        The limit holds for the unwrapped prompt, BOS included, as in LongBench; the chat format is
+        never cut. Both halves have half the limit, rounded down.
+        """
+        room = self.max_length - reserve - inner - outer
+        limit = min(room, self.max_prompt or room)
+        if total - inner - outer <= limit:
+            return total, total
+        half = limit // 2
+        if half <= opening:
+            raise ValueError(
+                f"model.max_length={self.max_length} leaves no room for a prompt beside "
+                f"{reserve} tokens to generate and a chat format of {inner + outer} tokens"
+            )
+        return inner + half, total - outer - half
+
+
+def chat_format(choice: str | Mapping[str, str], tokenizer: Any) -> tuple[str, str]:
+    """Return the text before and after the user's words for a `chat` setting of a model.
+
+    `choice` is a name of CHAT_FORMATS, `template` for the tokenizer's own, or {head, foot}.
+    """
+    if isinstance(choice, Mapping):
+        if set(choice) != {"head", "foot"}:
+            raise ValueError(f"model.chat={dict(choice)!r} needs exactly the keys head and foot")
+        return str(choice["head"]), str(choice["foot"])
+    if choice in CHAT_FORMATS:
+        return CHAT_FORMATS[choice]
+    if choice != "template":
+        raise unknown("model.chat", choice, CHAT_CHOICES)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("model.chat='template' but this model's tokenizer carries no chat template")
+    place = "\x02body\x03"
+    # Templates that print today's date would make every day's prompt another one; some accept ours.
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": place}],
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string="26 Jul 2024",
+    )
+    head, found, foot = text.partition(place)
+    if not found:
+        raise ValueError("model.chat='template': this model's chat template alters the user's text")
+    return head, foot

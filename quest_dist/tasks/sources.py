@@ -1,0 +1,108 @@
+"""Source: where a task's records come from, and what one record must hold.
+
+A record has the fields of LongBench's JSONL, of which `context`, `input` and `answers` are read. Three
+sources exist: `generated` (made from a seed), `files` (a folder) and `hub` (a dataset repository). A
+source is checked in the driver, before any worker starts, by asking for `identity` and `count`; the
+identity digests content and never names a path, so that a moved folder keeps its results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Record = Mapping[str, Any]
+Measure = Callable[[Record], int]
+"""Counts the tokens of the whole prompt that a task would make of a record."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a task's records are put before a model, and for how long it may answer."""
+
+    template: str
+    """Text with {context} and {input}."""
+    marker: str
+    """Text at whose last occurrence the released code starts the tail, in the whole prompt."""
+    question: str
+    """Text at whose last occurrence outside the context the question begins."""
+    max_new_tokens: int
+    chat: bool = True
+    """False for few-shot tasks, whose examples already show the format."""
+    first_line: bool = False
+    """True: only the first line of an answer is scored."""
+
+
+class Source(Protocol):
+    """Records by task name and index."""
+
+    def identity(self, task: str) -> dict[str, Any]:
+        """Return what makes this task's records what they are; goes into every point's key."""
+        ...
+
+    def count(self, task: str) -> int | None:
+        """Return how many records there are; None for a source that never ends."""
+        ...
+
+    def record(self, task: str, index: int, seed: int, measure: Measure) -> Record:
+        """Return record `index`; `seed` and `measure` matter only where records are made to size."""
+        ...
+
+    def form(self, task: str) -> Form | None:
+        """Return the source's own form for this task; None where the benchmark's official one holds."""
+        ...
+
+    def books(self) -> list[tuple[str, str]]:
+        """Return (title, text) of every book, for perplexity, in a fixed order."""
+        ...
+
+
+def safe_name(task: str) -> str:
+    """Return `task`, refusing a name that could leave its folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", task):
+        raise ValueError(f"task dataset={task!r} is not a plain file name (letters, digits, _ . -)")
+    return task
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """Return the first 16 hex digits of the SHA-256 of `parts`, each prefixed with its length."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()[:16]
+
+
+def parse_lines(data: bytes, where: str) -> list[Record]:
+    """Parse JSONL as LongBench writes it; ValueError names the place `where` and the line."""
+    records = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # also UnicodeDecodeError
+            raise ValueError(f"{where}, line {number}: not JSON ({error})") from None
+        records.append(checked(record, f"{where}, line {number}"))
+    if not records:
+        raise ValueError(f"{where}: no records")
+    return records
+
+
+def checked(record: object, where: str) -> Record:
+    """Return `record` if it has what every task reads; ValueError says what is wrong, and where."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: not a JSON object but {type(record).__name__}")
+    for key in ("context", "input"):
+        if not isinstance(record.get(key), str):
+            raise ValueError(f"{where}: field {key!r} is missing or not text")
+    answers = record.get("answers")
+    if not (isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)):
+        raise ValueError(f"{where}: field 'answers' is missing or not a list of at least one text")
+    if not record["context"]:
+        raise ValueError(f"{where}: field 'context' is empty")
+    return record

@@ -1,0 +1,169 @@
+"""A worker: run one unit, sample by sample, and yield the records of each.
+
+The loaded model stays in this module between units, so that the units that follow in the same
+process find it. Nothing else outlives a unit. What goes wrong with one point becomes that
+point's record (`error`), and the others go on; only what concerns the whole unit (the model
+does not load, the process dies) leaves this module as an exception.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from quest_dist.plan import Point, Unit, canonical
+
+if TYPE_CHECKING:
+    from quest_dist.engine import Evaluated
+    from quest_dist.models import LoadedModel
+    from quest_dist.tasks.task import Sample, Task
+
+#: A measured mean of attended tokens may lie this far outside what the method planned.
+DENSITY_TOLERANCE = 1.0
+
+_loaded: dict[str, LoadedModel] = {}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a worker has: CPU threads and (a share of) GPUs; None: whatever torch finds."""
+
+    threads: int = 1
+    gpus: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return asdict(self)
+
+
+def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield {"unit": key, "sample": index, "records": [...]} after each sample of a unit.
+
+    `unit` is `Unit.to_dict()` and `runtime` `Runtime.to_dict()`.
+    """
+    work = Unit.from_dict(unit)
+    loaded = _load(work, Runtime(**runtime))
+    first = work.first
+    task: Task = first.task.build(
+        data=first.data.build(), seed=first.seed, protocol=dict(first.protocol.settings)
+    )
+    for index in work.samples:
+        records = _sample(loaded, task, index, work.points)
+        yield {"unit": work.key, "sample": index, "records": records}
+
+
+def _load(unit: Unit, runtime: Runtime) -> LoadedModel:
+    """The unit's model, loaded at most once in this process; an earlier one is dropped first."""
+    if runtime.gpus == 0:
+        # Ray leaves every GPU visible to workers that asked for none.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
+    import torch
+
+    from quest_dist import models
+
+    torch.set_num_threads(runtime.threads)
+    key = canonical(unit.first.model.to_dict())
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = models.load(unit.first.model.settings)
+    return _loaded[key]
+
+
+def _sample(
+    loaded: LoadedModel, task: Task, index: int, points: Sequence[Point]
+) -> list[dict[str, Any]]:
+    try:
+        sample = task.sample(index, loaded.language)
+    except Exception as error:
+        return [_failed(point, task, index, None, error) for point in points]
+    results = _evaluate(loaded, sample, points)
+    return [_record(p, task, index, sample, r) for p, r in zip(points, results, strict=True)]
+
+
+def _evaluate(
+    loaded: LoadedModel, sample: Sample, points: Sequence[Point]
+) -> list[Evaluated | Exception]:
+    """Results in the order of the points. If the batch breaks, each method is tried by itself."""
+    from quest_dist import engine
+
+    try:
+        return list(engine.evaluate(loaded, sample, points))
+    except Exception as error:
+        methods = {point.method.canonical() for point in points}
+        if len(methods) == 1:
+            return [error] * len(points)
+    found: dict[str, Evaluated | Exception] = {}
+    for method in sorted(methods):
+        members = [point for point in points if point.method.canonical() == method]
+        results = _evaluate(loaded, sample, members)
+        found |= {point.key: result for point, result in zip(members, results, strict=True)}
+    return [found[point.key] for point in points]
+
+
+def _record(
+    point: Point, task: Task, index: int, sample: Sample, result: Evaluated | Exception
+) -> dict[str, Any]:
+    if isinstance(result, Exception):
+        return _failed(point, task, index, sample, result)
+    low, high = result.planned_low, result.planned_high
+    try:
+        if not low - DENSITY_TOLERANCE <= result.attended <= high + DENSITY_TOLERANCE:
+            raise ArithmeticError(
+                f"density differs from plan: {result.attended:.1f} tokens attended,"
+                f" {low:.1f} to {high:.1f} planned"
+            )
+        score = float(task.score(sample, result.outcome))
+    except Exception as error:
+        return _failed(point, task, index, sample, error)
+    facts = {k: float(v) for k, v in sample.info.items() if type(v) in (int, float)}
+    return _blank(point, task, index, sample) | {
+        "score": score,
+        "prediction": result.outcome.text,
+        "attended": result.attended,
+        "planned": (low + high) / 2,
+        "read": result.read,
+        "new_tokens": len(result.outcome.token_ids),
+        "seconds": result.seconds,
+        "prefill_seconds": result.prefill_seconds,
+        "metrics": facts,
+    }
+
+
+def _failed(
+    point: Point, task: Task, index: int, sample: Sample | None, error: Exception
+) -> dict[str, Any]:
+    return _blank(point, task, index, sample) | {"error": describe(error)}
+
+
+def _blank(point: Point, task: Task, index: int, sample: Sample | None) -> dict[str, Any]:
+    """A record of which nothing is known but where it belongs."""
+    return {
+        "point": point.key,
+        "sample": index,
+        "score": None,
+        "prediction": "",
+        "reference": " | ".join(sample.answers) if sample else "",
+        "attended": 0.0,
+        "planned": 0.0,
+        "read": 0.0,
+        "context_tokens": len(sample.context) if sample else 0,
+        "tail_tokens": len(sample.tail) if sample else 0,
+        "new_tokens": 0,
+        "truncated": bool(sample and sample.truncated),
+        "seconds": 0.0,
+        "prefill_seconds": 0.0,
+        "finished_at": time.time(),
+        "error": None,
+        "metric": task.metric,
+        "metrics": {},
+    }
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception as one line: its class and message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,152 @@
+"""Random keys, values and queries through a `Batch`, one layer after another, as a model would send them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from quest_dist import ops
+from quest_dist.batch import Batch, Group, new_batch
+from quest_dist.methods.method import Method, Selection, View
+from quest_dist.plan import Spec
+from quest_dist.pool import Geometry
+
+CONF = Path(__file__).parent.parent / "conf" / "method"
+METHODS = sorted(file.stem for file in CONF.glob("*.yaml"))
+
+
+def method_spec(name: str, **settings: object) -> Spec:
+    """The method of one YAML file, with other settings where given."""
+    return Spec(name, {**yaml.safe_load((CONF / f"{name}.yaml").read_text())[name], **settings})
+
+
+def no_rotation(q: Tensor, distance: Tensor) -> Tensor:
+    """Stand-in for a model's rotary embedding."""
+    return q
+
+
+@dataclass
+class Stream:
+    """One random sequence: q [layers, H, T, D], k and v [layers, G, T, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def random(
+        cls, tokens: int, *, layers: int = 1, heads: int = 4, kv_heads: int = 2, head_dim: int = 16,
+        seed: int = 0, dtype: torch.dtype = torch.float32,
+    ) -> Stream:
+        """A seeded stream."""
+        draw = torch.Generator().manual_seed(seed)
+
+        def normal(count: int) -> Tensor:
+            return torch.randn(layers, count, tokens, head_dim, generator=draw).to(dtype)
+
+        return cls(normal(heads), normal(kv_heads), normal(kv_heads))
+
+    @property
+    def geometry(self) -> Geometry:
+        """The attention shape."""
+        layers, heads, _, head_dim = self.q.shape
+        return Geometry(layers, heads, self.k.shape[1], head_dim, self.q.dtype)
+
+
+@dataclass
+class Step:
+    """What one group attended to in one layer of one decode step."""
+
+    layer: int
+    selection: Selection
+    view: View
+    attended: ops.Attended
+    q: Tensor
+
+
+@dataclass
+class Run:
+    """Outputs [steps, R, layers, H, D], every attention call, and the batch itself."""
+
+    outputs: Tensor
+    steps: list[Step]
+    batch: Batch
+
+
+def decode(
+    stream: Stream,
+    make: Callable[[], Method],
+    budgets: Sequence[int],
+    *,
+    prefix: int,
+    page_size: int = 4,
+    dense_layers: int = 0,
+    chunks: Sequence[int] | None = None,
+    rotate: Callable[[Tensor, Tensor], Tensor] = no_rotation,
+) -> Run:
+    """Prefill `prefix` tokens of the stream (in `chunks` if given), fork, and decode the rest one by one."""
+    group = Group(make(), list(budgets), dense_layers)
+    first = new_batch(stream.geometry, page_size, (), 1, rotate, observers=[group])
+    scale = stream.q.shape[-1] ** -0.5
+    start = 0
+    for chunk in [prefix] if chunks is None else chunks:
+        _forward(first, stream, start, chunk, scale, 1)
+        start += chunk
+    batch = first.fork([group])
+    steps = record(group.method)
+    outputs = []
+    for position in range(prefix, stream.q.shape[2]):
+        outputs.append(_forward(batch, stream, position, 1, scale, len(budgets)))
+        batch.count()
+    return Run(torch.stack(outputs), steps, batch)
+
+
+def _forward(
+    batch: Batch, stream: Stream, start: int, count: int, scale: float, rows: int
+) -> Tensor:
+    out = []
+    for layer in range(stream.q.shape[0]):
+        q, k, v = (
+            part[layer, :, start : start + count].expand(rows, -1, -1, -1)
+            for part in (stream.q, stream.k, stream.v)
+        )
+        batch.write(layer, k, v, None)
+        out.append(batch.attend(layer, q, k, v, scale)[:, -1])
+    return torch.stack(out, 1)
+
+
+def record(method: Method) -> list[Step]:
+    """Keep what `method` selects from now on, with the attention that it led to."""
+    steps: list[Step] = []
+    select = method.select
+
+    def recording(view: View, q: Tensor) -> Selection:
+        selection = select(view, q)
+        attended = view.attend(q, selection, probabilities=True)
+        steps.append(Step(view.layer, selection, view, attended, q.clone()))
+        return selection
+
+    method.select = recording  # type: ignore[method-assign]
+    return steps
+
+
+def tokens_of(step: Step, row: int, head: int) -> list[int]:
+    """Logical positions that a query head attends to in a step."""
+    length = step.view.lengths_list[row]
+    if step.selection.index is None:
+        return list(range(length))
+    lists = step.selection.index.shape[1]
+    place = head * lists // step.view.heads
+    count = int(step.selection.count[row, place])
+    if count < 0:
+        return list(range(length))
+    listed = step.selection.index[row, place, :count].tolist()
+    if step.selection.unit == "tokens":
+        return listed
+    size = step.view.page_size
+    return [t for page in listed for t in range(page * size, min(length, (page + 1) * size))]
