@@ -79,9 +79,9 @@ void gather(const quest::Pages& pages, int64_t length, Address k, Address v, int
 
 void prefill_attend(const quest::Strided& q, const quest::Strided& k, const quest::Strided& v,
                     int64_t rows, int64_t heads, int64_t kv_heads, int64_t queries, int64_t length,
-                    int64_t dim, float scale, Address out, int threads) {
+                    int64_t dim, float scale, Address out, Address workspace, int threads) {
   quest::cpu::prefill_attend(q, k, v, rows, heads, kv_heads, queries, length, dim, scale,
-                             at<void>(out), threads);
+                             at<void>(out), at<void>(workspace), threads);
 }
 
 }  // namespace
@@ -99,6 +99,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_scores", &token_scores, no_gil);
   m.def("gather", &gather, no_gil);
   m.def("prefill_attend", &prefill_attend, no_gil);
+  m.def("prefill_workspace", &quest::cpu::prefill_workspace);
   m.def("has_prefill", &quest::cpu::has_prefill);
   m.def("isa", &quest::cpu::isa);
   m.def("isas", &quest::cpu::isas);

@@ -75,11 +75,12 @@ void token_scores(const Pages& pages, const void* q, int64_t heads, const int32_
 void gather(const Pages& pages, int64_t length, void* k, void* v, int threads);
 
 // Causal attention of the last n of L positions, bf16, D in {64, 128}. q [R, H, n, D] and
-// k, v [R, G, L, D] strided; out [R, n, H, D] contiguous.
+// k, v [R, G, L, D] strided; out [R, n, H, D] contiguous; workspace of prefill_workspace bytes.
 bool has_prefill();
+int64_t prefill_workspace(int64_t rows, int64_t kv_heads, int64_t length, int64_t dim);
 void prefill_attend(const Strided& q, const Strided& k, const Strided& v, int64_t rows,
                     int64_t heads, int64_t kv_heads, int64_t queries, int64_t length, int64_t dim,
-                    float scale, void* out, int threads);
+                    float scale, void* out, void* workspace, int threads);
 
 // The instruction set in use, all those this machine supports (best first, comma separated), and
 // the choice of one.

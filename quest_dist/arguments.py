@@ -64,7 +64,9 @@ class Arguments:
         """How often one size holds another; it must do so exactly."""
         many, few = self.sizes[larger], self.sizes[smaller]
         if few == 0 or many % few:
-            raise ValueError(f"{self.op}: {larger}={many} is not a multiple of {smaller}={few}: {meaning}")
+            raise ValueError(
+                f"{self.op}: {larger}={many} is not a multiple of {smaller}={few}: {meaning}"
+            )
         return many // few
 
     def _tensor(self, name: str, value: Any, letters: str, contiguous: bool) -> torch.Tensor:
@@ -87,7 +89,9 @@ class Arguments:
         if self._device is None:
             self._device = (name, value.device)
         elif value.device != self._device[1]:
-            raise self.refuse(name, f"on {value.device}", f"{self._device[1]}, as {self._device[0]}")
+            raise self.refuse(
+                name, f"on {value.device}", f"{self._device[1]}, as {self._device[0]}"
+            )
         return value
 
     def _shape(self, letters: Sequence[str]) -> str:

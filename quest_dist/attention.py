@@ -1,44 +1,39 @@
-"""The one Hugging Face patch: attention function and cache, as a context manager that restores everything.
+"""The one Hugging Face patch: attention function and cache, as a context manager that restores
+everything.
 
-It works on any decoder that goes through transformers' attention interface (Llama, Mistral, Qwen2, Qwen3, ...): the model's own
-code projects, rotates and calls the attention function with this step's q, k, v; ours writes k, v to the paged cache
-and attends. Nothing of the model is copied or changed; on exit its own attention is back, also after an exception.
+It works on any decoder that goes through transformers' attention interface (Llama, Mistral, Qwen2,
+Qwen3, ...): the model's own code projects, rotates and calls the attention function with this
+step's q, k, v; ours writes k, v to the paged cache and attends. Nothing of the model is copied or
+changed; on exit its own attention is back, also after an exception.
 
     with patched(model, method="quest", budget=1024):
         model.generate(**inputs)
 
-A multi-token forward is a prefill (dense, exact); a one-token forward is a decode step under the method.
+A multi-token forward is a prefill (dense, exact); a one-token forward is a decode step under the
+method.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quest_dist.batch import Batch, Group, new_batch
+from quest_dist.folders import find
 from quest_dist.methods.method import Method
+from quest_dist.plan import Spec
 from quest_dist.pool import Geometry
+from quest_dist.suggest import did_you_mean
 
 ATTENTION = "quest_dist"
-METHODS = {
-    "full": "full.Full",
-    "quest": "quest.Quest",
-    "tightbound": "tightbound.TightBound",
-    "h2o": "h2o.H2O",
-    "tova": "tova.Tova",
-    "streaming": "streaming.Streaming",
-    "oracle_token": "oracle_token.OracleToken",
-    "oracle_page": "oracle_page.OraclePage",
-}
 
 
 class PagedCache(Cache):
@@ -70,7 +65,7 @@ class PagedCache(Cache):
         """Length and offset of the mask; ours needs none."""
         return self.get_seq_length(layer_idx) + query_length, 0
 
-    def get_max_length(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = 0) -> int:
         """No limit of its own."""
         return -1
 
@@ -86,7 +81,9 @@ class PagedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search is refused: raises ValueError."""
-        raise ValueError("num_beams: beam search is not supported by the patched attention; use num_beams=1")
+        raise ValueError(
+            "num_beams: beam search is not supported by the patched attention; use num_beams=1"
+        )
 
     def crop(self, *args: Any) -> None:
         """Rolling back is refused: raises ValueError."""
@@ -111,7 +108,9 @@ class Patch:
             raise ValueError("use_cache=False: the patched attention works on its cache")
         if not isinstance(cache, PagedCache):
             if cache is not None and cache.get_seq_length() > 0:
-                raise ValueError("past_key_values was filled before the patch; start from an empty cache")
+                raise ValueError(
+                    "past_key_values was filled before the patch; start from an empty cache"
+                )
             cache = kwargs["past_key_values"] = PagedCache()
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -144,11 +143,12 @@ class Patch:
     def rotate(self, q: Tensor, distance: Tensor) -> Tensor:
         """Turn rotary-embedded q [R, H, D] by `distance` [R] positions, in fp32."""
         rotary = self.model.base_model.rotary_emb
-        cos, sin = rotary(q.float(), distance[:, None].to(q.device))
+        cos, sin = cast(nn.Module, rotary)(q.float(), distance[:, None].to(q.device))
         strength = float(getattr(rotary, "attention_scaling", 1.0))
         first, second = q.float().chunk(2, dim=-1)
         turned = torch.cat([-second, first], dim=-1)
-        return ((q.float() * cos + turned * sin) / strength).to(q.dtype)
+        result: Tensor = (q.float() * cos + turned * sin) / strength
+        return result.to(q.dtype)
 
 
 _PATCHES: WeakKeyDictionary[nn.Module, Patch] = WeakKeyDictionary()
@@ -165,7 +165,9 @@ def _attention_function(
 ) -> tuple[Tensor, None]:
     for feature in ("softcap", "s_aux"):
         if kwargs.get(feature) is not None:
-            raise ValueError(f"{type(module).__name__} uses {feature}: not supported by the patched attention")
+            raise ValueError(
+                f"{type(module).__name__} uses {feature}: not supported by the patched attention"
+            )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _PATCHES[module].attend(module, query, key, value, scale), None
 
@@ -174,12 +176,13 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention_function)
 
 
 def geometry_of(model: PreTrainedModel) -> Geometry:
-    """The attention shape of a model; ValueError when it does not go through the attention interface."""
+    """The attention shape of a model; ValueError when it does not go through the attention
+    interface."""
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
-            f"model {name}: it does not use transformers' attention interface, so it cannot be patched; "
-            "Llama, Mistral, Qwen2 and Qwen3 style decoders can"
+            f"model {name}: it does not use transformers' attention interface, so it cannot be "
+            "patched; Llama, Mistral, Qwen2 and Qwen3 style decoders can"
         )
     if model.device.type != "cpu":
         raise ValueError(f"model {name} is on {model.device}: this build has kernels for cpu only")
@@ -219,7 +222,8 @@ def left_padding(mask: Tensor | None, new: int) -> list[int] | None:
 
 @contextmanager
 def patch(model: PreTrainedModel, fresh_groups: Any, page_size: int) -> Iterator[Patch]:
-    """Route the attention of `model` through paged caches; `fresh_groups(rows)` gives the groups of a new cache."""
+    """Route the attention of `model` through paged caches; `fresh_groups(rows)` gives the groups of
+    a new cache."""
     applied = Patch(model, fresh_groups, page_size)
     modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
     if any(module in _PATCHES for module in modules):
@@ -230,7 +234,7 @@ def patch(model: PreTrainedModel, fresh_groups: Any, page_size: int) -> Iterator
         model.register_forward_hook(applied.after_forward),
     ]
     try:
-        _PATCHES.update({module: applied for module in modules})
+        _PATCHES.update(dict.fromkeys(modules, applied))
         model.set_attn_implementation(ATTENTION)
         yield applied
     finally:
@@ -241,15 +245,15 @@ def patch(model: PreTrainedModel, fresh_groups: Any, page_size: int) -> Iterator
             hook.remove()
 
 
-def method_named(name: str, **settings: Any) -> Method:
-    """A method by its short name, with settings; ValueError names the nearest one for a wrong name."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"method={name!r}: {hint}choose one of {', '.join(METHODS)}")
-    file, kind = METHODS[name].split(".")
-    made: Method = getattr(import_module(f"quest_dist.methods.{file}"), kind)(**settings)
-    return made
+def method_named(name: str, **settings: Any) -> Spec:
+    """The method of `conf/method/<name>.yaml` with other settings; ValueError names the nearest for
+    a wrong name."""
+    folder = find("conf") / "method"
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in names:
+        raise ValueError(f"method={name!r}: no such method; {did_you_mean(name, names)}")
+    defaults = yaml.safe_load((folder / f"{name}.yaml").read_text())[name]
+    return Spec(name, {**defaults, **settings})
 
 
 @contextmanager
@@ -261,12 +265,15 @@ def patched(
     dense_layers: int = 2,
     **settings: Any,
 ) -> Iterator[PreTrainedModel]:
-    """Run `model` under a KV-cache method: every cache that a forward pass or `generate` starts is a paged one.
+    """Run `model` under a KV-cache method: every cache that a forward pass or `generate` starts is
+    a paged one.
 
-    `budget` is in tokens a query attends to (all methods but `full` need it); the first `dense_layers` layers stay dense;
-    `settings` are the method's own. Raises ValueError for what the method or the model cannot do.
+    `budget` is in tokens a query attends to (all methods but `full` need it); the first
+    `dense_layers` layers stay dense; `settings` are the method's own. Raises ValueError for what
+    the method or the model cannot do.
     """
-    probe = method_named(method, **settings)
+    spec = method_named(method, **settings)
+    probe: Method = spec.build()
     if probe.budgeted:
         if budget is None:
             raise ValueError(f"method={method!r} needs a budget in tokens, such as budget=1024")
@@ -275,7 +282,7 @@ def patched(
         raise ValueError(f"budget={budget}: method {method!r} has no budget")
 
     def fresh_groups(rows: int) -> list[Group]:
-        return [Group(method_named(method, **settings), [budget or 0] * rows, dense_layers)]
+        return [Group(spec.build(), [budget or 0] * rows, dense_layers)]
 
     with patch(model, fresh_groups, page_size):
         yield model

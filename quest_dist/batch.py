@@ -1,11 +1,12 @@
 """One batch of rows under several methods: the single attention path of accuracy and latency.
 
-A batch's rows come in *groups*, one a method, contiguous and in order. Every layer of a decode step goes
+A batch's rows come in *groups*, one a method, contiguous and in order. Every layer of a decode step
+goes
 
     append -> method.select -> ops.attend -> method.observe
 
-and counts what was really attended. Layers before a group's `dense_layers` attend to everything and the method does not see
-them. Prefill is dense, exact and causal for every method.
+and counts what was really attended. Layers before a group's `dense_layers` attend to everything and
+the method does not see them. Prefill is dense, exact and causal for every method.
 
 Invariant: a row's result depends on its own tokens and method only, never on the rows beside it.
 """
@@ -27,7 +28,7 @@ Rotate = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Group:
-    """Rows of one method: an instance of it, a budget a row, and how many first layers stay dense."""
+    """Rows of one method: an instance, a budget a row, and how many first layers stay dense."""
 
     method: Method
     budgets: list[int]
@@ -38,8 +39,9 @@ class Group:
 class Measured:
     """What one row's decode steps attended to, summed over steps; means over layers and heads.
 
-    `attended`: tokens per query head; `read`: tokens per kv head (the union over its group); `planned_low`, `planned_high`: what
-    the method promised. Layers that the row's `dense_layers` exempts do not count.
+    `attended`: tokens per query head; `read`: tokens per kv head (the union over its group);
+    `planned_low`, `planned_high`: what the method promised. Layers that the row's `dense_layers`
+    exempts do not count.
     """
 
     steps: int = 0
@@ -59,7 +61,8 @@ class Batch:
         rotate: Rotate,
         observers: Sequence[Group] = (),
     ) -> None:
-        """`observers` are groups without rows yet, whose methods look at the prefill of row 0 (see `fork`)."""
+        """`observers` are groups without rows yet, whose methods look at the prefill of row 0 (see
+        `fork`)."""
         assert not groups or sum(len(group.budgets) for group in groups) == len(rows)
         self.rows = rows
         self.groups = list(groups)
@@ -87,7 +90,8 @@ class Batch:
         return spans
 
     def fork(self, groups: Sequence[Group]) -> Batch:
-        """A batch of rows that all continue row 0 of this one; its methods have seen the prefill."""
+        """A batch of rows that all continue row 0 of this one; its methods have seen the
+        prefill."""
         count = sum(len(group.budgets) for group in groups)
         batch = Batch(self.rows.fork(0, count), groups, self.rotate)
         length = self.rows.lengths_list[0]
@@ -96,7 +100,8 @@ class Batch:
         return batch
 
     def write(self, layer: int, k: Tensor, v: Tensor, padding: Sequence[int] | None) -> None:
-        """Append k, v [R, G, n, D] of one layer; `padding[r]` leading tokens of row r are not part of it."""
+        """Append k, v [R, G, n, D] of one layer; `padding[r]` leading tokens of row r are not part
+        of it."""
         if self._layers_done[layer] == self._forwards:
             self._forwards += 1
             new = k.shape[2]
@@ -105,12 +110,15 @@ class Batch:
         self._layers_done[layer] += 1
         if any(self._unused_padding):
             for row, pad in enumerate(self._unused_padding):
-                self.rows.append_row(layer, row, k[row : row + 1, :, pad:], v[row : row + 1, :, pad:])
+                self.rows.append_row(
+                    layer, row, k[row : row + 1, :, pad:], v[row : row + 1, :, pad:]
+                )
         else:
             self.rows.append(layer, k, v)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention of the tokens just written: q [R, H, n, D] -> [R, n, H, D]. One token a row is a decode step."""
+        """Attention of the tokens just written: q [R, H, n, D] -> [R, n, H, D]. One token a row is
+        a decode step."""
         if q.shape[2] == 1 and not any(self._unused_padding):
             return self._decode(layer, q[:, :, 0], scale).unsqueeze(1)
         return self._prefill(layer, q, k, v, scale)
@@ -123,7 +131,9 @@ class Batch:
             if self.rows.lengths_list[row] > keys.shape[2]:
                 keys, values = self.rows.gather(layer, row)
             out[row : row + 1, pad:] = ops.prefill_attend(queries, keys, values, scale)
-            watching = [(group, first) for group, first, last in self._watching() if first <= row < last]
+            watching = [
+                (group, first) for group, first, last in self._watching() if first <= row < last
+            ]
             for group, first in watching:
                 if group.method.needs_prefill and layer >= group.dense_layers:
                     group.method.observe_prefill(layer, row - first, queries, keys, scale)
@@ -188,7 +198,8 @@ class Batch:
                 row += 1
 
     def count(self) -> None:
-        """Add what the last step attended to `measured`. Call once a step, after the forward pass."""
+        """Add what the last step attended to `measured`. Call once a step, after the forward
+        pass."""
         totals: dict[int, list[Tensor]] = {}
         for first, attended, read in self._counts:
             means = torch.stack([attended.double().mean(1), read.double().mean(1)])

@@ -75,7 +75,9 @@ def convert(gguf: Path, target: Path) -> None:
     try:
         import gguf as _  # noqa: F401 - transformers needs it, and says so less plainly
     except ImportError:
-        raise ValueError("reading the bundled model needs the package gguf: pip install gguf") from None
+        raise ValueError(
+            "reading the bundled model needs the package gguf: pip install gguf"
+        ) from None
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,8 +1,10 @@
-"""Evaluate one sample for many points: prefill its context once, then decode all points as the rows of one batch.
+"""Evaluate one sample for many points: prefill its context once, then decode all points as the rows
+of one batch.
 
-The rows share the prefilled pages and differ in attention only, so embeddings, projections and MLPs run once for all of
-them. Decoding is greedy: the sample's tail is fed token by token (teacher forced, every token a decode step under the
-method), then up to `max_new_tokens` are generated; a row leaves the batch at an end-of-sequence token.
+The rows share the prefilled pages and differ in attention only, so embeddings, projections and MLPs
+run once for all of them. Decoding is greedy: the sample's tail is fed token by token (teacher
+forced, every token a decode step under the method), then up to `max_new_tokens` are generated; a
+row leaves the batch at an end-of-sequence token.
 
 Invariant: in float32 a row's tokens equal those of a run of its point alone.
 """
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 class Evaluated:
     """What one point gave on one sample.
 
-    `attended`, `read` and `planned_*` are means over decode steps, in tokens (see batch.Measured); `seconds` is the wall time
-    of the sample's decode over its rows, `prefill_seconds` that of the shared prefill.
+    `attended`, `read` and `planned_*` are means over decode steps, in tokens (see batch.Measured);
+    `seconds` is the wall time of the sample's decode over its rows, `prefill_seconds` that of the
+    shared prefill.
     """
 
     outcome: Outcome
@@ -53,7 +56,8 @@ class _Row:
 
 
 def groups_of(points: Sequence[Point]) -> tuple[list[Group], list[int]]:
-    """Points as groups of rows (one method instance for all budgets of a method), and the point of each row."""
+    """Points as groups of rows (one method instance for all budgets of a method), and the point of
+    each row."""
     members: dict[tuple[str, int], list[int]] = {}
     for number, point in enumerate(points):
         members.setdefault((point.method.canonical(), point.dense_layers), []).append(number)
@@ -67,7 +71,8 @@ def groups_of(points: Sequence[Point]) -> tuple[list[Group], list[int]]:
 
 @torch.inference_mode()
 def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> list[Evaluated]:
-    """Run `sample` for `points` (same model and page size) in one batch; results in the order of `points`.
+    """Run `sample` for `points` (same model and page size) in one batch; results in the order of
+    `points`.
 
     Raises ValueError for a sample without context or tail, or longer than the model.
     """
@@ -104,8 +109,8 @@ def check_sample(sample: Sample, max_length: int) -> None:
     """Raise ValueError unless the sample can be decoded by a model of `max_length` positions."""
     if not sample.context or not sample.tail:
         raise ValueError(
-            f"sample {sample.index}: context of {len(sample.context)} and tail of {len(sample.tail)} tokens; "
-            "each needs at least 1"
+            f"sample {sample.index}: context of {len(sample.context)} and tail of "
+            f"{len(sample.tail)} tokens; each needs at least 1"
         )
     needed = len(sample.context) + len(sample.tail) + sample.max_new_tokens
     if needed > max_length:
@@ -117,7 +122,8 @@ def check_sample(sample: Sample, max_length: int) -> None:
 def _prefill(
     loaded: LoadedModel, patched: Patch, sample: Sample, groups: Sequence[Group], rows: int
 ) -> Batch:
-    """The prefilled context as a batch of one row, in a pool with room for the tails of `rows` rows."""
+    """The prefilled context as a batch of one row, in a pool with room for the tails of `rows`
+    rows."""
     length = len(sample.context)
     tails = rows * (len(sample.tail) + sample.max_new_tokens + patched.page_size)
     prefix = new_batch(
@@ -145,7 +151,8 @@ def _forward(
         past_key_values=cache,
         logits_to_keep=1,
     )
-    return out.logits[:, -1].float()
+    logits: Tensor = out.logits[:, -1]
+    return logits.float()
 
 
 def _decode(
@@ -162,12 +169,18 @@ def _decode(
         position += 1
         if sample.score_tail and number + 1 < len(sample.tail):
             target = torch.full((len(rows),), sample.tail[number + 1])
-            for row, nll in zip(rows, torch.nn.functional.cross_entropy(logits, target, reduction="none"), strict=True):
+            for row, nll in zip(
+                rows,
+                torch.nn.functional.cross_entropy(logits, target, reduction="none"),
+                strict=True,
+            ):
                 row.nll.append(float(nll))
     alive = list(rows)
     for step in range(sample.max_new_tokens):
         tokens = logits.argmax(-1).tolist()
-        going = [place for place, token in enumerate(tokens) if token not in loaded.language.eos_ids]
+        going = [
+            place for place, token in enumerate(tokens) if token not in loaded.language.eos_ids
+        ]
         for place in going:
             alive[place].token_ids.append(tokens[place])
         if not going or step + 1 == sample.max_new_tokens:

@@ -64,7 +64,9 @@ def _read(settings: Mapping[str, Any]) -> dict[str, Any]:
         if read[key] is not None and (not isinstance(read[key], int) or read[key] < 2):
             raise ValueError(f"model.{key}={read[key]!r} is not a whole number of at least 2")
     if read["bos"] not in (None, True, False):
-        raise ValueError(f"model.bos={read['bos']!r} is not true, false or null (as the tokenizer does)")
+        raise ValueError(
+            f"model.bos={read['bos']!r} is not true, false or null (as the tokenizer does)"
+        )
     if read["source"] == "hub" and not read["repo"]:
         raise ValueError("model.repo is empty; a hub model needs owner/name")
     if read["source"] == "local" and not read["path"]:
@@ -79,7 +81,9 @@ def _local(path: str) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.path={path!r} has no config.json, so it holds no model")
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model.path={path!r} has no .safetensors weights (other formats are refused)")
+        raise ValueError(
+            f"model.path={path!r} has no .safetensors weights (other formats are refused)"
+        )
     return folder
 
 
@@ -98,7 +102,9 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     Paths are left out: the same weights in another folder are the same model.
     """
     read = _read(settings)
-    kept = {key: read[key] for key in ("source", "dtype", "chat", "bos", "max_length", "max_prompt")}
+    kept = {
+        key: read[key] for key in ("source", "dtype", "chat", "bos", "max_length", "max_prompt")
+    }
     if read["source"] == "bundled":
         return {**kept, "weights": bundled.content(), "recipe": bundled.RECIPE}
     if read["source"] == "hub":
@@ -194,4 +200,3 @@ def end_tokens(tokenizer: Any, model: Any) -> frozenset[int]:
     if not found:
         raise ValueError("neither tokenizer nor model names an end-of-sequence token")
     return frozenset(found)
-

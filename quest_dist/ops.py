@@ -130,9 +130,7 @@ def _take_pool(
 
 def _pages(a: Arguments, kv: Tensor, page_table: Tensor, meta: int = 0) -> object:
     sizes = [a[letter] for letter in "NGSDRP"]
-    return _compiled().Pages(
-        kv.data_ptr(), meta, page_table.data_ptr(), DTYPES[kv.dtype], *sizes
-    )
+    return _compiled().Pages(kv.data_ptr(), meta, page_table.data_ptr(), DTYPES[kv.dtype], *sizes)
 
 
 def _strided(x: Tensor) -> object:
@@ -266,9 +264,13 @@ def attend(
         if a["Hs"] not in (1, a["G"], a["H"]):
             raise a.refuse("index", f"of {a['Hs']} lists a row", f"1, G={a['G']} or H={a['H']}")
     if (rolled_query is None) != (rolled == 0) or rolled < 0:
-        raise a.refuse("rolled", str(rolled), "a positive number exactly when rolled_query is given")
+        raise a.refuse(
+            "rolled", str(rolled), "a positive number exactly when rolled_query is given"
+        )
     if rolled_query is not None:
-        rolled_query = a.floats("rolled_query", rolled_query, "R H D", contiguous=False).contiguous()
+        rolled_query = a.floats(
+            "rolled_query", rolled_query, "R H D", contiguous=False
+        ).contiguous()
         if index is not None and unit != "tokens":
             raise a.refuse("unit", repr(unit), "'tokens' when a rolled_query is given")
     scale = a["D"] ** -0.5 if scale is None else scale
@@ -387,6 +389,8 @@ def prefill_attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     rows, heads, queries, length, dim = (a[letter] for letter in "RHnLD")
     if q.dtype == torch.bfloat16 and dim in (64, 128) and _compiled().has_prefill():
         out = torch.empty(rows, queries, heads, dim, dtype=q.dtype)
+        size = _compiled().prefill_workspace(rows, a["G"], length, dim)
+        workspace = torch.empty(size, dtype=torch.uint8)
         _compiled().prefill_attend(
             _strided(q),
             _strided(k),
@@ -399,6 +403,7 @@ def prefill_attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
             dim,
             scale,
             out.data_ptr(),
+            workspace.data_ptr(),
             threads(),
         )
         return out

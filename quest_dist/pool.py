@@ -1,15 +1,19 @@
 """The paged KV store: one pool of pages, and the rows that read it.
 
-A *pool* holds keys and values of every layer in pages of `page_size` tokens; page ids mean the same page in
-all layers. A *row* is one sequence: a list of page ids and a length. Rows share pages by reference count.
+A *pool* holds keys and values of every layer in pages of `page_size` tokens; page ids mean the same
+page in all layers. A *row* is one sequence: a list of page ids and a length. Rows share pages by
+reference count.
 
 Invariants:
-  - a page is written only while exactly one row holds it: a shared page is copied on the first write;
-  - positions of a row are logical (0 = its first token); position p lives in page `p // page_size` of its list;
+  - a page is written only while exactly one row holds it: a shared page is copied on the first
+  write;
+  - positions of a row are logical (0 = its first token); position p lives in page `p // page_size`
+  of its list;
   - `lengths` counts the tokens of the step in progress, the new one included;
   - nobody outside `ops` looks inside a page: the physical layout belongs to the backend.
 
-Shape letters: R rows, G kv heads, D head dim, S page size, N pages of the pool, P pages of the longest row.
+Shape letters: R rows, G kv heads, D head dim, S page size, N pages of the pool, P pages of the
+longest row.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ from quest_dist import ops
 class Geometry:
     """What the pool must hold: the attention shape of a model.
 
-    `heads` are query heads, `kv_heads` the heads that are stored; `window` is the model's sliding window in
-    tokens where it has one (sequences may not outgrow it), else None.
+    `heads` are query heads, `kv_heads` the heads that are stored; `window` is the model's sliding
+    window in tokens where it has one (sequences may not outgrow it), else None.
     """
 
     layers: int
@@ -88,7 +92,8 @@ class Pool:
             self._free.append(page)
 
     def owned(self, page: int) -> int:
-        """A page with the contents of `page` that the caller alone holds: itself, or a copy if it is shared."""
+        """A page with the contents of `page` that the caller alone holds: itself, or a copy if it
+        is shared."""
         if self._references[page] == 1:
             return page
         copy = self.take()
@@ -110,7 +115,8 @@ class Pool:
 class Rows:
     """The sequences of one batch over one pool.
 
-    Every layer appends the same tokens; `extend` makes room for them once a step, `append` writes one layer.
+    Every layer appends the same tokens; `extend` makes room for them once a step, `append` writes
+    one layer.
     """
 
     def __init__(self, pool: Pool, count: int) -> None:
@@ -144,7 +150,7 @@ class Rows:
             old, new = self._lengths[row], self._lengths[row] + count
             if window is not None and new > window:
                 raise ValueError(
-                    f"sequence of {new} tokens: the model attends through a sliding window of {window} tokens, "
+                    f"sequence of {new} tokens: the model has a sliding window of {window} tokens, "
                     "beyond which the patched attention would differ from it; use shorter inputs"
                 )
             pages = self._pages[row]
@@ -162,9 +168,15 @@ class Rows:
             self.lengths = torch.tensor(self._lengths, dtype=torch.int32)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the newest tokens of every row: k, v [R, G, n, D], n tokens each, already counted in `lengths`."""
+        """Write the newest tokens of every row: k, v [R, G, n, D], n tokens each, already counted
+        in `lengths`."""
         ops.append(
-            self.pool.kv[layer], self.pool.meta[layer], self.page_table, k, v, self.lengths - k.shape[2]
+            self.pool.kv[layer],
+            self.pool.meta[layer],
+            self.page_table,
+            k,
+            v,
+            self.lengths - k.shape[2],
         )
 
     def append_row(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
@@ -179,7 +191,8 @@ class Rows:
         return ops.gather(self.pool.kv[layer], table, self._lengths[row])
 
     def fork(self, row: int, count: int) -> Rows:
-        """`count` rows that start as copies of `row`, sharing its pages. The original keeps its own hold."""
+        """`count` rows that start as copies of `row`, sharing its pages. The original keeps its own
+        hold."""
         forked = Rows(self.pool, 0)
         for _ in range(count):
             for page in self._pages[row]:

@@ -122,7 +122,9 @@ def select_top(
     keep[r] >= items[r] or keep[r] < 0, count is -1: everything. Unused slots of index are -1.
     """
     rows, lists, width = scores.shape
-    wanted = [-1 if k < 0 or k >= n else k for n, k in zip(items.tolist(), keep.tolist(), strict=True)]
+    wanted = [
+        -1 if k < 0 or k >= n else k for n, k in zip(items.tolist(), keep.tolist(), strict=True)
+    ]
     index = torch.full((rows, lists, max(0, *wanted)), -1, dtype=torch.int32)
     count = torch.tensor(wanted, dtype=torch.int32)[:, None].repeat(1, lists)
     for r, n in enumerate(items.tolist()):
@@ -135,7 +137,9 @@ def select_top(
         competing = n - 1 if force_last else n
         best = wanted[r] - 1 if force_last else wanted[r]
         for h in range(lists):
-            one = scores[r, h, :competing].nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+            one = scores[r, h, :competing].nan_to_num(
+                nan=-math.inf, posinf=math.inf, neginf=-math.inf
+            )
             newest_first = one.flip(0).sort(descending=True, stable=True).indices[:best]
             chosen = (competing - 1 - newest_first).sort().values
             index[r, h, :best] = chosen.to(torch.int32)

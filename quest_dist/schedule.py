@@ -105,7 +105,8 @@ def _rounds(
             if retry and not last:
                 again.append(unit)
             else:
-                on_failure(unit, message or "the worker ended without a result")
+                rest = Unit(unit.points, tuple(sorted(unit.samples)))
+                on_failure(rest, message or "the worker ended without a result")
         units = again
         if not units:
             break

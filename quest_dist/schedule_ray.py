@@ -10,9 +10,12 @@ Everything that concerns Ray is in this module.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ for _name, _value in _SETTINGS.items():
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
 
 OBJECT_STORE_BYTES = 200 * 2**20  # reports are small; Ray would take 30 % of the memory
 #: Variables of the driver that the workers of an attached cluster get too.
@@ -113,7 +117,9 @@ class Tuned:
         def bundle(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
             model = models[Unit.from_dict(config["unit"]).first.model.canonical()]
             need = {"CPU": float(workers.cpus), "memory": 1024.0 * (1 + model)}
-            return tune.PlacementGroupFactory([need | ({"GPU": workers.gpus} if workers.gpus else {})])
+            return tune.PlacementGroupFactory(
+                [need | ({"GPU": workers.gpus} if workers.gpus else {})]
+            )
 
         tuner = tune.Tuner(
             tune.with_resources(evaluate, bundle),
@@ -127,19 +133,36 @@ class Tuned:
                 name=f"round-{os.getpid()}-{self._rounds}",
                 storage_path=str(self.storage),
                 verbose=0,
-                callbacks=[Delivery(current)],
+                callbacks=[Delivery(current), Quiet()],
                 stop=Halt(current),
                 failure_config=tune.FailureConfig(max_failures=0),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             ),
         )
-        tuner.fit()
+        with _quiet():
+            tuner.fit()
         reached = set(current.broken)
         for unit in current.units:
             if current.delivered.get(unit.key, set()) >= set(unit.samples):
                 reached.add(unit.key)
         # An interrupted fit() returns as if all had gone well; only what arrived can tell.
         current.interrupted = len(reached) < len(current.units) and current.error is None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray's own words off the screen: failures are reported once, by whoever is told of them.
+
+    Whoever prints meanwhile must hold its own reference to the terminal.
+    """
+    log = logging.getLogger("ray")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def evaluate(config: Mapping[str, Any]) -> None:
@@ -151,7 +174,9 @@ def evaluate(config: Mapping[str, Any]) -> None:
             tune.report({"report": report})
     except Exception as error:
         unit = config["unit"]["key"]
-        tune.report({"broken": {"unit": unit, "message": describe(error), "again": can_retry(error)}})
+        tune.report(
+            {"broken": {"unit": unit, "message": describe(error), "again": can_retry(error)}}
+        )
         if can_retry(error):
             raise  # a fresh process for whatever comes next
 
@@ -182,6 +207,16 @@ class Delivery(tune.Callback):  # type: ignore[misc]
         if self.current is not None:
             key = trial.config["unit"]["key"]
             self.current.broken.setdefault(key, ("the worker process died (out of memory?)", True))
+
+
+class Quiet(TrialProgressCallback):  # type: ignore[misc]
+    """Stands in for the callback that Tune would add to print a line a trial."""
+
+    def _print(self, msg: str) -> None:
+        """Print nothing."""
+
+    def log_result(self, trial: Any, result: dict[str, Any], error: bool = False) -> None:
+        """Print nothing."""
 
 
 class Halt(tune.Stopper):  # type: ignore[misc]

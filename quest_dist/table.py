@@ -28,10 +28,7 @@ class Records(Protocol):
     """Where records come from: the ledger, or anything that answers as it does."""
 
     def records(self, point: str) -> Sequence[Record]:
-        """Finished records of a point key, in sample order."""
-
-    def failures(self, point: str) -> Sequence[Record]:
-        """Records with an `error`, of samples that have not succeeded."""
+        """Records of a point key by sample: finished, or with an `error` and no score."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,8 @@ class Row:
     finished_at: float  # unix time of the last record
     status: str  # finished | partial | failed | missing
     error: str
+    model_label: str
+    task_label: str
 
     @property
     def setting(self) -> tuple[object, ...]:
@@ -98,9 +97,8 @@ def rows(points: Sequence[Point], ledger: Records, expected: Mapping[str, int]) 
         # Full attention reads the same tokens whatever the page size, so any full will do.
         base = full.get(point.family) or full.get(_ground(point))
         reference = records[base] if base else []
-        failures = ledger.failures(point.key)
         count, metric = expected.get(point.key, 0), metrics.get(point.task.name, "")
-        table.append(_row(point, records[point.key], failures, reference, count, metric))
+        table.append(_row(point, records[point.key], reference, count, metric))
     return table
 
 
@@ -112,15 +110,12 @@ def _ground(point: Point) -> str:
 
 
 def _row(
-    point: Point,
-    found: Sequence[Record],
-    failures: Sequence[Record],
-    full: Sequence[Record],
-    expected: int,
-    metric: str,
+    point: Point, records: Sequence[Record], full: Sequence[Record], expected: int, metric: str
 ) -> Row:
+    found = [r for r in records if r["error"] is None]
+    failures = [r for r in records if r["error"] is not None]
     scores = {r["sample"]: float(r["score"]) for r in found}
-    reference = {r["sample"]: float(r["score"]) for r in full}
+    reference = {r["sample"]: float(r["score"]) for r in full if r["error"] is None}
     shared = sorted(scores.keys() & reference.keys())
     score = stats.summary(list(scores.values()), metric)
     delta = stats.paired([scores[s] for s in shared], [reference[s] for s in shared], metric)
@@ -159,9 +154,11 @@ def _row(
         new_tokens=_mean(found, "new_tokens"),
         seconds=math.fsum(float(r["seconds"]) for r in found),
         truncated=sum(bool(r.get("truncated")) for r in found),
-        finished_at=max((float(r["finished_at"]) for r in [*found, *failures]), default=math.nan),
+        finished_at=max((float(r["finished_at"]) for r in records), default=math.nan),
         status=status,
         error=last_line(str(failures[0]["error"])) if failures else "",
+        model_label=point.model.label,
+        task_label=point.task.label,
     )
 
 
@@ -228,7 +225,9 @@ class Panel:
     """What is compared with each other: one task under one model, data and protocol."""
 
     task: str
+    title: str
     model: str
+    model_label: str
     data: str
     metric: str
     budgets: tuple[int, ...]
@@ -249,8 +248,8 @@ def pivot(table: Sequence[Row]) -> list[Panel]:
         first = next(iter(curves.values()))[0]
         lines = [_line(members, table) for members in curves.values()]
         budgets = sorted({budget for line in lines for budget in line.by_budget})
-        where = (first.task, first.model, first.data, first.metric)
-        panels.append(Panel(*where, tuple(budgets), tuple(lines)))
+        where = (first.task, first.task_label, first.model, first.model_label, first.data)
+        panels.append(Panel(*where, first.metric, tuple(budgets), tuple(lines)))
     return panels
 
 

@@ -1,4 +1,5 @@
-"""Random keys, values and queries through a `Batch`, one layer after another, as a model would send them."""
+"""Random keys, values and queries through a `Batch`, one layer after another, as a model would send
+them."""
 
 from __future__ import annotations
 
@@ -40,8 +41,15 @@ class Stream:
 
     @classmethod
     def random(
-        cls, tokens: int, *, layers: int = 1, heads: int = 4, kv_heads: int = 2, head_dim: int = 16,
-        seed: int = 0, dtype: torch.dtype = torch.float32,
+        cls,
+        tokens: int,
+        *,
+        layers: int = 1,
+        heads: int = 4,
+        kv_heads: int = 2,
+        head_dim: int = 16,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> Stream:
         """A seeded stream."""
         draw = torch.Generator().manual_seed(seed)
@@ -89,7 +97,8 @@ def decode(
     chunks: Sequence[int] | None = None,
     rotate: Callable[[Tensor, Tensor], Tensor] = no_rotation,
 ) -> Run:
-    """Prefill `prefix` tokens of the stream (in `chunks` if given), fork, and decode the rest one by one."""
+    """Prefill `prefix` tokens of the stream (in `chunks` if given), fork, and decode the rest one
+    by one."""
     group = Group(make(), list(budgets), dense_layers)
     first = new_batch(stream.geometry, page_size, (), 1, rotate, observers=[group])
     scale = stream.q.shape[-1] ** -0.5

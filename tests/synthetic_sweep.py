@@ -27,6 +27,17 @@ TASKS = {
     "pg19": ("perplexity", 6.8),
 }
 LONGBENCH = tuple(TASKS)[:6]
+MODELS = {"smollm2": "SmolLM2-135M", "longchat_7b": "LongChat-7B-v1.5-32K"}
+TITLES = {
+    "qasper": "Qasper",
+    "hotpotqa": "HotpotQA",
+    "gov_report": "GovReport",
+    "triviaqa": "TriviaQA",
+    "narrativeqa": "NarrativeQA",
+    "multifieldqa_en": "MultifieldQA",
+    "passkey": "Passkey",
+    "pg19": "PG-19",
+}
 LABELS = {
     "full": "Full",
     "streaming": "StreamingLLM",
@@ -49,15 +60,15 @@ START = 1_790_000_000.0
 
 
 def point(
-    task: str, method: str, budget: int | None, model: str = "smollm2-135m", **changes: Any
+    task: str, method: str, budget: int | None, model: str = "smollm2", **changes: Any
 ) -> plan.Point:
     """One point of the synthetic sweep."""
     settings: dict[str, Any] = {"label": LABELS[method], "budgeted": method != "full"}
     if method in ("quest", "tightbound"):
         settings |= {"radius_scale": 1.0 if method == "quest" else 0.5, "gqa": "per_query"}
     parts: dict[str, Any] = {
-        "model": plan.Spec(model, {"dtype": "bfloat16"}),
-        "task": plan.Spec(task, {"samples": 200}),
+        "model": plan.Spec(model, {"dtype": "bfloat16", "label": MODELS.get(model, model)}),
+        "task": plan.Spec(task, {"samples": 200, "label": TITLES.get(task, task)}),
         "data": plan.Spec("generated", {}, {"family": task, "digest": "5f1c" * 8}),
         "method": plan.Spec(method, settings),
         "protocol": plan.Spec("quest_paper", {"greedy": True}),

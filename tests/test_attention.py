@@ -1,4 +1,5 @@
-"""The Hugging Face patch: exact with `full`, undone afterwards, padding, limits, and the methods inside a real model."""
+"""The Hugging Face patch: exact with `full`, undone afterwards, padding, limits, and the methods
+inside a real model."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from quest_dist.attention import ATTENTION, left_padding
 PROMPT = torch.randint(1, 97, (1, 50), generator=torch.Generator().manual_seed(5))
 
 
-def generate(model: torch.nn.Module, prompt: torch.Tensor = PROMPT, **options: object) -> torch.Tensor:
+def generate(
+    model: torch.nn.Module, prompt: torch.Tensor = PROMPT, **options: object
+) -> torch.Tensor:
     """Twelve greedy tokens after the prompt."""
     mask = options.pop("attention_mask", torch.ones_like(prompt))
     out = model.generate(prompt, attention_mask=mask, max_new_tokens=12, do_sample=False, **options)
@@ -41,7 +44,9 @@ def test_an_ample_budget_gives_the_tokens_of_the_unpatched_model(name: str) -> N
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_small_budget_changes_the_attention_and_stays_finite(name: str, dtype: torch.dtype) -> None:
+def test_a_small_budget_changes_the_attention_and_stays_finite(
+    name: str, dtype: torch.dtype
+) -> None:
     model = tiny(dtype=dtype)
     with quest_dist.patched(model, method=name, budget=8, page_size=4, dense_layers=1):
         cache = model(PROMPT).past_key_values
@@ -59,8 +64,10 @@ def test_leaving_restores_everything_also_after_an_exception() -> None:
     model = tiny()
     before = model.config._attn_implementation
     hooks = len(model._forward_hooks), len(model._forward_pre_hooks)
-    with pytest.raises(RuntimeError, match="stop"), quest_dist.patched(model, "quest", 16):
+    with quest_dist.patched(model, "quest", 16):
         assert model.config._attn_implementation == ATTENTION
+    assert model.config._attn_implementation == before
+    with pytest.raises(RuntimeError, match="stop"), quest_dist.patched(model, "quest", 16):
         raise RuntimeError("stop")
     assert model.config._attn_implementation == before
     assert (len(model._forward_hooks), len(model._forward_pre_hooks)) == hooks

@@ -1,6 +1,9 @@
-"""Oracles of the evicting methods: windows, no resurrection, mass conservation, TOVA's cut, rolling positions."""
+"""Oracles of the evicting methods: windows, no resurrection, mass conservation, TOVA's cut, rolling
+positions."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ def test_what_is_evicted_never_returns(method: object) -> None:
     for row in range(2):
         for head in range(4):
             steps = held(run, row, head)
-            for number, (before, after) in enumerate(zip(steps, steps[1:], strict=False)):
+            for number, (before, after) in enumerate(pairwise(steps)):
                 assert after - before == {61 + number}
 
 
@@ -47,7 +50,8 @@ def test_h2o_conserves_mass_while_nothing_is_evicted() -> None:
 
 
 def test_h2o_worked_example() -> None:
-    """Rows [1], [.6 .4], [.5 .1 .4], [.4 .1 .2 .3] sum to 2.5 .6 .6 .3: with R=1, Hh=1 tokens 0 and 3 stay."""
+    """Rows [1], [.6 .4], [.5 .1 .4], [.4 .1 .2 .3] sum to 2.5 .6 .6 .3: with R=1, Hh=1 tokens 0 and
+    3 stay."""
     rows = [[1.0], [0.6, 0.4], [0.5, 0.1, 0.4], [0.4, 0.1, 0.2, 0.3]]
     keys = torch.eye(4)
     queries = torch.zeros(4, 4)
@@ -61,7 +65,7 @@ def test_h2o_worked_example() -> None:
     method = H2O(score_init="prompt")
     run = decode(stream, lambda: method, [3, 4], prefix=4, page_size=S)
     assert tokens_of(run.steps[0], 0, 0) == [0, 3, 4]
-    assert tokens_of(run.steps[0], 1, 0) == [0, 2, 3, 4]  # capacity 3: R=1, Hh=2, the tie keeps the newer
+    assert tokens_of(run.steps[0], 1, 0) == [0, 2, 3, 4]  # R=1, Hh=2; the tie keeps the newer
 
 
 def test_h2o_uniform_attention_keeps_the_earliest() -> None:
@@ -120,7 +124,14 @@ def test_streaming_modes_agree_before_the_first_eviction_and_differ_after() -> N
 
     stream = Stream.random(40)
     modes = [
-        decode(stream, lambda mode=mode: Streaming(positions=mode), [20], prefix=10, page_size=S, rotate=rotate)
+        decode(
+            stream,
+            lambda mode=mode: Streaming(positions=mode),
+            [20],
+            prefix=10,
+            page_size=S,
+            rotate=rotate,
+        )
         for mode in ("original", "rolling")
     ]
     assert torch.equal(modes[0].outputs[:10], modes[1].outputs[:10])

@@ -1,4 +1,5 @@
-"""Every method of conf/method against the universal catalogue: identity, selection, budget, determinism."""
+"""Every method of conf/method against the universal catalogue: identity, selection, budget,
+determinism."""
 
 from __future__ import annotations
 
@@ -116,7 +117,9 @@ def test_gqa_choices_coincide_with_one_query_head_a_kv_head(name: str) -> None:
     assert torch.equal(results[0].outputs, results[2].outputs)
 
 
-@pytest.mark.parametrize("name", ["full", "quest", "tightbound", "streaming", "oracle_token", "oracle_page"])
+@pytest.mark.parametrize(
+    "name", ["full", "quest", "tightbound", "streaming", "oracle_token", "oracle_page"]
+)
 def test_per_query_equals_multi_head_attention_on_repeated_keys(name: str) -> None:
     grouped = Stream.random(50, heads=4, kv_heads=2)
     repeated = Stream(
@@ -145,7 +148,10 @@ def test_rows_that_stay_do_not_notice_rows_that_leave(name: str) -> None:
     whole = decode(stream, method_spec(name).build, [8, 12, 30], prefix=50, page_size=S)
     part = decode(
         Stream(stream.q[:, :, :55], stream.k[:, :, :55], stream.v[:, :, :55]),
-        method_spec(name).build, [8, 12, 30], prefix=50, page_size=S,
+        method_spec(name).build,
+        [8, 12, 30],
+        prefix=50,
+        page_size=S,
     )
     part.batch.keep([0, 2])
     from cache_harness import _forward

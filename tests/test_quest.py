@@ -1,4 +1,5 @@
-"""Quest's own oracles: forced current page, partial pages, page counts, the needle, the released evaluation's defects."""
+"""Quest's own oracles: forced current page, partial pages, page counts, the needle, the released
+evaluation's defects."""
 
 from __future__ import annotations
 

@@ -26,7 +26,13 @@ def ledger(tmp_path: Path) -> Ledger:
 def test_every_point_has_a_row_and_a_status(ledger: Ledger) -> None:
     full, done, part, broken, never = [
         synthetic.point("qasper", method, budget)
-        for method, budget in [("full", 0), ("quest", 256), ("quest", 512), ("h2o", 256), ("tova", 9)]
+        for method, budget in [
+            ("full", 0),
+            ("quest", 256),
+            ("quest", 512),
+            ("h2o", 256),
+            ("tova", 9),
+        ]
     ]
     synthetic.fill(ledger, [full, done], range(4))
     synthetic.fill(ledger, [part], range(2))

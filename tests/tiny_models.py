@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from quest_dist.models import LoadedModel
+from quest_dist.tasks.prompt import Language
 
 SIZES = {
     "vocab_size": 97,
@@ -35,7 +41,9 @@ KINDS = {
 }
 
 
-def tiny(kind: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
+def tiny(
+    kind: str = "llama", dtype: torch.dtype = torch.float32, **changes: object
+) -> PreTrainedModel:
     """A seeded random model; its logits are sharp enough that greedy decoding has no near ties."""
     config_class, model_class, extra = KINDS[kind]
     torch.manual_seed(11)
@@ -45,3 +53,19 @@ def tiny(kind: str = "llama", dtype: torch.dtype = torch.float32, **changes: obj
             if parameter.ndim == 2 and "embed" not in name:
                 parameter.mul_(4.0)
     return model.to(dtype).eval()
+
+
+def tiny_loaded(kind: str = "llama", eos: int | None = None, **changes: object) -> LoadedModel:
+    """A tiny model with a tokenizer of as many words, w0 w1 w2 ..."""
+    words = {f"w{number}": number for number in range(SIZES["vocab_size"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0"))
+    )
+    language = Language(
+        tokenizer,
+        head="",
+        foot="",
+        max_length=512,
+        eos_ids=frozenset() if eos is None else frozenset({eos}),
+    )
+    return LoadedModel(tiny(kind, **changes), tokenizer, language, torch.device("cpu"))

@@ -26,14 +26,14 @@ using Weigh = void (*)(const float* p, int64_t stride, int64_t heads, int64_t di
 using Extremes = void (*)(const void* base, int64_t count, int64_t dim, void* maximum,
                           void* minimum);
 
-// One block of queries of one (row, head) of prefill_attend.
+// One block of queries of one (row, head) of prefill_attend, bf16; see prefill.cpp for the packing.
 struct PrefillBlock {
-  const uint16_t *q, *k, *v;  // bf16; q of this block, k and v of the kv head
+  const uint16_t* q;  // the block's first query
+  const uint16_t *k, *v;  // packed tiles of the kv head, 64-byte aligned
   uint16_t* out;
-  int64_t q_token, k_token, v_token, out_token;  // strides in elements
-  int64_t queries, first, dim;                   // first: position of the block's first query
+  int64_t q_token, out_token;   // strides in elements
+  int64_t queries, first, dim;  // first: position of the block's first query
   float scale;
-  void* scratch;  // prefill_scratch bytes, 64-byte aligned
 };
 using Prefill = void (*)(const PrefillBlock& block);
 
@@ -62,7 +62,6 @@ const Isa& current_isa();
 constexpr int64_t kMaxDim = 1024;
 constexpr int64_t kPrefillQueries = 48;  // queries of a block
 constexpr int64_t kPrefillKeys = 64;     // keys of a tile
-constexpr int64_t kPrefillScratch = 1 << 18;
 
 }  // namespace cpu
 }  // namespace quest

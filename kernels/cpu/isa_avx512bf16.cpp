@@ -2,6 +2,7 @@
 // clang-format off: the vectors come before the loops over them
 #include "vec_avx512.h"
 #include "inner.h"
+#include "prefill_avx512bf16.h"
 // clang-format on
 
 namespace {
@@ -68,7 +69,7 @@ const Isa kAvx512Bf16 = {
     {weigh<float>, weigh<uint16_t>},
     {extremes<float>, extremes<uint16_t>},
     exponentials,
-    nullptr,
+    prefill,
 };
 
 }  // namespace cpu

@@ -1,4 +1,5 @@
-"""Full: dense attention over the whole cache. The reference that every other method is compared with."""
+"""Full: dense attention over the whole cache. The reference that every other method is compared
+with."""
 
 from __future__ import annotations
 

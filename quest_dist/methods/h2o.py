@@ -1,11 +1,14 @@
-"""H2O, heavy-hitter oracle (Zhang et al., NeurIPS 2023, arXiv 2306.14048): keep what has drawn most attention so far.
+"""H2O, heavy-hitter oracle (Zhang et al., NeurIPS 2023, arXiv 2306.14048): keep what has drawn most
+attention so far.
 
-Each kv head accumulates the attention probability that its tokens have received, summed over the group's query heads. A
-step attends to the held tokens and the new one (budget of them in all); then the token with the smallest sum is evicted
-for good, except that the newest R are never evicted. Half of the budget is recent window, as in the paper.
+Each kv head accumulates the attention probability that its tokens have received, summed over the
+group's query heads. A step attends to the held tokens and the new one (budget of them in all); then
+the token with the smallest sum is evicted for good, except that the newest R are never evicted.
+Half of the budget is recent window, as in the paper.
 
-`score_init=decode_only` is the protocol of the Quest paper: scores start at the first decode step, whose attention over
-the whole context decides the first cut. `prompt` starts from the column sums of the prefill, as H2O's own code does.
+`score_init=decode_only` is the protocol of the Quest paper: scores start at the first decode step,
+whose attention over the whole context decides the first cut. `prompt` starts from the column sums
+of the prefill, as H2O's own code does.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ NORMALISATIONS = ("none", "per_query_count")
 
 @dataclass
 class H2O(Method):
-    """Settings: `recent_share` of the budget that is recent window; `score_init` decode_only | prompt; `normalise`
-    none | per_query_count (divide each sum by the number of queries that could see the token; only with `prompt`).
+    """Settings: `recent_share` of the budget that is recent window; `score_init` decode_only |
+    prompt; `normalise` none | per_query_count (divide each sum by the number of queries that could
+    see the token; only with `prompt`).
     """
 
     needs_probabilities: ClassVar[bool] = True
@@ -74,7 +78,9 @@ class H2O(Method):
             rows.append(sums)
         else:
             earlier = rows[row]
-            rows[row] = torch.nn.functional.pad(earlier, (0, sums.shape[1] - earlier.shape[1])) + sums
+            rows[row] = (
+                torch.nn.functional.pad(earlier, (0, sums.shape[1] - earlier.shape[1])) + sums
+            )
 
     def _held(self, layer: int, lists: int) -> Slots:
         if layer not in self._slots:

@@ -1,10 +1,13 @@
-"""What a method is: it *selects* what its rows attend to, and may look at the resulting probabilities.
+"""What a method is: it *selects* what its rows attend to, and may look at the resulting
+probabilities.
 
-One instance serves the rows of one method in one batch (same settings, different budgets) and is made fresh for
-every sample, so nothing leaks between samples. It sees the cache only through a `View`. Eviction is "never selected
-again". A budget is tokens attended by a query in one decode step, the new token included.
+One instance serves the rows of one method in one batch (same settings, different budgets) and is
+made fresh for every sample, so nothing leaks between samples. It sees the cache only through a
+`View`. Eviction is "never selected again". A budget is tokens attended by a query in one decode
+step, the new token included.
 
-Shape letters: R rows, H query heads, G kv heads, g = H/G, D head dim, S page size, L tokens of a row.
+Shape letters: R rows, H query heads, G kv heads, g = H/G, D head dim, S page size, L tokens of a
+row.
 """
 
 from __future__ import annotations
@@ -12,29 +15,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from quest_dist import ops
+from quest_dist.reference import Attended
 
-GQA_CHOICES = ("per_query", "max", "mean")
+Gqa = Literal["per_query", "max", "mean"]
+GQA_CHOICES: tuple[Gqa, ...] = ("per_query", "max", "mean")
 
 
 @dataclass(frozen=True)
 class Selection:
     """What each row attends to in one layer of one step.
 
-    `index` int32 [R, Hs, K] lists logical pages or token positions, `count` int32 [R, Hs] how many entries hold
-    (-1: all tokens of the row); Hs is 1 (one list a row), G (one a kv head) or H (one a query head).
-    `index is None`: all rows attend to everything. `rolled_query` [R, H, D] replaces the query for the first
-    `rolled` listed tokens (StreamingLLM's rolling positions).
+    `index` int32 [R, Hs, K] lists logical pages or token positions, `count` int32 [R, Hs] how many
+    entries hold (-1: all tokens of the row); Hs is 1 (one list a row), G (one a kv head) or H (one
+    a query head). `index is None`: all rows attend to everything. `rolled_query` [R, H, D] replaces
+    the query for the first `rolled` listed tokens (StreamingLLM's rolling positions).
     """
 
     index: Tensor | None = None
     count: Tensor | None = None
-    unit: str = "pages"
+    unit: Literal["pages", "tokens"] = "pages"
     rolled_query: Tensor | None = None
     rolled: int = 0
 
@@ -44,7 +49,8 @@ EVERYTHING = Selection()
 
 @dataclass(frozen=True)
 class View:
-    """The rows of one group in one layer of one decode step: all that a method may ask of the cache."""
+    """The rows of one group in one layer of one decode step: all that a method may ask of the
+    cache."""
 
     layer: int
     step: int
@@ -60,7 +66,7 @@ class View:
     rotate: Callable[[Tensor, Tensor], Tensor]
 
     def page_scores(
-        self, q: Tensor, radius_scale: float, reduce: str, *, score_open: bool = False
+        self, q: Tensor, radius_scale: float, reduce: Gqa, *, score_open: bool = False
     ) -> Tensor:
         """Scores of pages for q [R, H, D]: fp32 [R, H or G, P] (ops.page_scores)."""
         return ops.page_scores(
@@ -78,7 +84,7 @@ class View:
         """Scaled q.k of every token: fp32 [R, H, longest], -inf beyond a row's length."""
         return ops.token_scores(q, self.kv, self.page_table, self.lengths, scale=self.scale)
 
-    def attend(self, q: Tensor, selection: Selection, *, probabilities: bool) -> ops.Attended:
+    def attend(self, q: Tensor, selection: Selection, *, probabilities: bool) -> Attended:
         """Exact attention over the selected tokens."""
         return ops.attend(
             q,
@@ -105,18 +111,26 @@ class Method(ABC):
     budgets: tuple[int, ...] = ()
 
     def begin(self, budgets: Sequence[int], lengths: Sequence[int]) -> None:
-        """Serve rows with these budgets, whose contexts have just been prefilled to `lengths` tokens."""
+        """Serve rows with these budgets, whose contexts have just been prefilled to `lengths`
+        tokens."""
         self.budgets = tuple(budgets)
 
-    def observe_prefill(self, layer: int, row: int, q: Tensor, k: Tensor, scale: float) -> None:
-        """Look at one prefill (chunk): q [1, H, n, D] are the last n of the L queries, k [1, G, L, D]."""
+    def observe_prefill(  # noqa: B027 - looking is optional
+        self, layer: int, row: int, q: Tensor, k: Tensor, scale: float
+    ) -> None:
+        """Look at one prefill (chunk): q [1, H, n, D] are the last n of the L queries, k [1, G, L,
+        D]."""
 
     @abstractmethod
     def select(self, view: View, q: Tensor) -> Selection:
-        """Choose what each row attends to, for q [R, H, D]. The new token is in the cache already."""
+        """Choose what each row attends to, for q [R, H, D]. The new token is in the cache
+        already."""
 
-    def observe(self, view: View, selection: Selection, probabilities: Tensor) -> None:
-        """Look at the probabilities fp32 [R, H, M] in the order of the selection (if `needs_probabilities`)."""
+    def observe(  # noqa: B027 - looking is optional
+        self, view: View, selection: Selection, probabilities: Tensor
+    ) -> None:
+        """Look at the probabilities fp32 [R, H, M] in the order of the selection (if
+        `needs_probabilities`)."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named; the others have finished."""
@@ -124,7 +138,8 @@ class Method(ABC):
 
     @abstractmethod
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
-        """Fewest and most tokens that a query head attends to at this length and decode step (0 = the first)."""
+        """Fewest and most tokens that a query head attends to at this length and decode step (0 =
+        the first)."""
 
     def check_budget(self, budget: int, page_size: int) -> None:
         """Raise ValueError for a budget that this method cannot honour."""

@@ -1,8 +1,9 @@
 """Oracle over pages: Quest's pages chosen by their true content instead of a bound.
 
-The gap between Quest and this is estimation error; the gap between this and the token oracle is granularity. `score=mass`
-ranks pages by the log of their summed exp(q.k), which captures most attention mass among page sets; `max` by their largest q.k. The
-current page is always attended; page count as in Quest.
+The gap between Quest and this is estimation error; the gap between this and the token oracle is
+granularity. `score=mass` ranks pages by the log of their summed exp(q.k), which captures most
+attention mass among page sets; `max` by their largest q.k. The current page is always attended;
+page count as in Quest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from quest_dist import ops
 from quest_dist.methods.method import (
     EVERYTHING,
     GQA_CHOICES,
+    Gqa,
     Method,
     Selection,
     View,
@@ -32,7 +34,7 @@ SCORES = ("mass", "max")
 class OraclePage(Method):
     """Settings: `gqa` per_query | max | mean; `score` mass | max."""
 
-    gqa: str = "per_query"
+    gqa: Gqa = "per_query"
     score: str = "mass"
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ class OraclePage(Method):
         pages = [pages_of(length, size) for length in view.lengths_list]
         padding = max(pages) * size - scores.shape[2]
         scores = torch.nn.functional.pad(scores, (0, padding), value=-torch.inf)
-        by_page = scores.unflatten(2, (max(pages), size))
+        by_page = scores.view(*scores.shape[:2], max(pages), size)
         ranked = by_page.logsumexp(3) if self.score == "mass" else by_page.amax(3)
         index, count = ops.select_top(
             ranked.contiguous(), as_int32(pages), as_int32(keep), force_last=True

@@ -1,8 +1,9 @@
-"""Oracle over tokens: exact attention over the tokens whose true scores are highest. An upper bound, not a fast method.
+"""Oracle over tokens: exact attention over the tokens whose true scores are highest.
 
-It reads every key to choose. With `gqa=per_query` each query head takes the tokens of its own largest q.k; `max` and `mean` make
-one list a kv head from the probabilities of the group (probability, not raw score: scores of different heads do not
-compare). The new token is always among them.
+An upper bound, not a fast method: it reads every key. With `gqa=per_query` each query head takes
+the tokens of its own largest q.k; `max` and `mean` make one list a kv head from the probabilities
+of the group (probability, not raw score: scores of different heads do not compare). The new token
+is always among them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from quest_dist import ops
 from quest_dist.methods.method import (
     EVERYTHING,
     GQA_CHOICES,
+    Gqa,
     Method,
     Selection,
     View,
@@ -24,7 +26,8 @@ from quest_dist.methods.method import (
 
 
 def group_probabilities(scores: Tensor, kv_heads: int, gqa: str) -> Tensor:
-    """Scores [R, H, L] -> probabilities of the group [R, G, L], by max or mean over its query heads."""
+    """Scores [R, H, L] -> probabilities of the group [R, G, L], by max or mean over its query
+    heads."""
     rows, heads, length = scores.shape
     shares = scores.softmax(-1).view(rows, kv_heads, heads // kv_heads, length)
     return shares.amax(2) if gqa == "max" else shares.mean(2)
@@ -34,7 +37,7 @@ def group_probabilities(scores: Tensor, kv_heads: int, gqa: str) -> Tensor:
 class OracleToken(Method):
     """Settings: `gqa` per_query | max | mean."""
 
-    gqa: str = "per_query"
+    gqa: Gqa = "per_query"
 
     def __post_init__(self) -> None:
         """Validate the settings."""

@@ -1,28 +1,30 @@
 """Quest (Tang et al., ICML 2024, arXiv 2406.10774): query-aware selection of pages.
 
-Each closed page keeps the channel-wise maximum M and minimum m of its rotated keys. For a query q the score
+Each closed page keeps the channel-wise maximum M and minimum m of its rotated keys. For a query q
+the score
 
     u = sum_i max(q_i m_i, q_i M_i)  =  q . c + |q| . r      with c = (M + m) / 2, r = (M - m) / 2
 
-bounds every q.k of the page from above (section 3, Algorithm 1). A step attends exactly to the tokens of the current
-page and of the K - 1 best others, K = max(1, budget // page_size).
+bounds every q.k of the page from above (section 3, Algorithm 1). A step attends exactly to the
+tokens of the current page and of the K - 1 best others, K = max(1, budget // page_size).
 
-Two variants exist in the released code and differ; both are here. `normative` (the kernels' rule): the current page is
-always attended, never scored. `eval_compat` (the released accuracy evaluation): the current page competes like any
-other, at least three pages are kept, and the page count is floored, so that a budget above the length still drops one.
+Two variants exist in the released code and differ; both are here. `normative` (the kernels' rule):
+the current page is always attended, never scored. `eval_compat` (the released accuracy evaluation):
+the current page competes like any other, at least three pages are kept, and the page count is
+floored, so that a budget above the length still drops one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from quest_dist import ops
 from quest_dist.methods.method import (
     EVERYTHING,
     GQA_CHOICES,
+    Gqa,
     Method,
     Selection,
     View,
@@ -39,7 +41,8 @@ def pages_of(length: int, page_size: int) -> int:
 
 
 def pages_to_keep(length: int, budget: int, page_size: int) -> int:
-    """Pages to attend to, the current one included; -1: all of them (budget >= length, or too few pages)."""
+    """Pages to attend to, the current one included; -1: all of them (budget >= length, or too few
+    pages)."""
     keep = max(1, budget // page_size)
     return -1 if budget >= length or pages_of(length, page_size) <= keep else keep
 
@@ -55,11 +58,12 @@ def tokens_in_pages(length: int, budget: int, page_size: int) -> int:
 
 @dataclass
 class Quest(Method):
-    """Settings: `gqa` (per_query: each query head its own pages, as in the paper's accuracy runs; max | mean: one list
-    a kv head from the group's scores), `radius_scale` (1.0 is Quest's bound), `variant`.
+    """Settings: `gqa` (per_query: each query head its own pages, as in the paper's accuracy runs;
+    max | mean: one list a kv head from the group's scores), `radius_scale` (1.0 is Quest's bound),
+    `variant`.
     """
 
-    gqa: str = "per_query"
+    gqa: Gqa = "per_query"
     radius_scale: float = 1.0
     variant: str = "normative"
     _keep: tuple[int, tuple[int, ...]] = field(default=(-1, ()), init=False, repr=False)
@@ -80,8 +84,8 @@ class Quest(Method):
             return EVERYTHING
         forced = self.variant == "normative"
         scores = view.page_scores(q, self.radius_scale, self.gqa, score_open=not forced)
-        pages = torch.div(view.lengths + (view.page_size - 1), view.page_size, rounding_mode="floor")
-        index, count = ops.select_top(scores, pages.to(torch.int32), as_int32(keep), force_last=forced)
+        pages = as_int32([pages_of(length, view.page_size) for length in view.lengths_list])
+        index, count = ops.select_top(scores, pages, as_int32(keep), force_last=forced)
         return Selection(index, count, "pages")
 
     def _pages_to_keep(self, lengths: tuple[int, ...], page_size: int) -> tuple[int, ...]:
@@ -96,7 +100,8 @@ class Quest(Method):
         return -1 if keep >= pages_of(length, page_size) else keep
 
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
-        """(K - 1) whole pages and the current one; in eval_compat the current page may be among the K or not."""
+        """(K - 1) whole pages and the current one; in eval_compat the current page may be among the
+        K or not."""
         if self.variant == "normative":
             tokens = tokens_in_pages(length, budget, page_size)
             return tokens, tokens

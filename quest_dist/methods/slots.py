@@ -1,8 +1,8 @@
 """The tokens that an evicting method still holds: positions and scores, per row and list.
 
-Invariants: positions are ascending, so that reading order never depends on what was evicted before; an evicted position
-never returns; all lists of a row hold equally many tokens. Scores are fp32: sums over thousands of queries would not
-survive in bf16 (its spacing at 8192 is 64).
+Invariants: positions are ascending, so that reading order never depends on what was evicted before;
+an evicted position never returns; all lists of a row hold equally many tokens. Scores are fp32:
+sums over thousands of queries would not survive in bf16 (its spacing at 8192 is 64).
 
 Shape letters: R rows, K lists a row (1 for TOVA, G kv heads for H2O), W slots.
 """
@@ -25,7 +25,9 @@ class Slots:
         rows, width = len(lengths), max(lengths)
         self.used = list(lengths)
         self._seen = list(lengths)
-        self.position = torch.arange(width, dtype=torch.int32).expand(rows, lists, width).contiguous()
+        self.position = (
+            torch.arange(width, dtype=torch.int32).expand(rows, lists, width).contiguous()
+        )
         self.score = torch.zeros(rows, lists, width)
 
     @property
@@ -34,7 +36,8 @@ class Slots:
         return int(self.position.shape[2])
 
     def append(self, lengths: Sequence[int]) -> None:
-        """Hold the tokens that each row has gained up to `lengths[r]`, at score 0: the new one of a decode step."""
+        """Hold the tokens that each row has gained up to `lengths[r]`, at score 0: the new one of a
+        decode step."""
         new = max(length - seen for length, seen in zip(lengths, self._seen, strict=True))
         room = max(self.used) + new - self.width
         if room > 0:
@@ -61,7 +64,9 @@ class Slots:
         if all(used <= most for used, most in zip(self.used, capacity, strict=True)):
             return
         used = as_int32(self.used)
-        score = self.score.masked_fill(self.position >= as_int32(protected)[:, None, None], torch.inf)
+        score = self.score.masked_fill(
+            self.position >= as_int32(protected)[:, None, None], torch.inf
+        )
         keep = [min(used, most) for used, most in zip(self.used, capacity, strict=True)]
         slot, _ = ops.select_top(score, used, as_int32(keep), force_last=False)
         slot = self._with_full_rows(slot, keep)
@@ -70,10 +75,13 @@ class Slots:
         self.used = keep
 
     def _with_full_rows(self, slot: Tensor, keep: Sequence[int]) -> Tensor:
-        """Slot lists wide enough for all rows; rows that evict nothing (count -1) list their slots in order."""
+        """Slot lists wide enough for all rows; rows that evict nothing (count -1) list their slots
+        in order."""
         width = max(keep)
         order = torch.arange(width)
-        slot = torch.nn.functional.pad(slot[:, :, :width], (0, max(0, width - slot.shape[2])), value=-1)
+        slot = torch.nn.functional.pad(
+            slot[:, :, :width], (0, max(0, width - slot.shape[2])), value=-1
+        )
         whole = torch.tensor([k == u for k, u in zip(keep, self.used, strict=True)])
         return torch.where(whole[:, None, None], order, slot.clamp(min=0).long())
 

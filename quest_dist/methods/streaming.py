@@ -1,9 +1,10 @@
 """StreamingLLM (Xiao et al., arXiv 2309.17453): attention sinks and a sliding window.
 
-A step attends to the first `sinks` tokens and the last budget - sinks ones, the new token included (s + R + 1 = budget).
-`positions=original` keeps the rotary positions of the text. `rolling` numbers the kept tokens 0, 1, ... as the paper does:
-within the window nothing changes (rotary attention sees differences only), so it is enough to score the sinks with the
-query turned back by the distance that rolling closes.
+A step attends to the first `sinks` tokens and the last budget - sinks ones, the new token included
+(s + R + 1 = budget). `positions=original` keeps the rotary positions of the text. `rolling` numbers
+the kept tokens 0, 1, ... as the paper does: within the window nothing changes (rotary attention
+sees differences only), so it is enough to score the sinks with the query turned back by the
+distance that rolling closes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Streaming(Method):
         super().check_budget(budget, page_size)
         if budget < self.sinks + 1:
             raise ValueError(
-                f"budget={budget}: streaming with sinks={self.sinks} needs at least {self.sinks + 1} tokens"
+                f"budget={budget}: streaming with sinks={self.sinks} needs at least "
+                f"{self.sinks + 1} tokens"
             )
 
     def select(self, view: View, q: Tensor) -> Selection:
@@ -62,14 +64,16 @@ class Streaming(Method):
         rows = list(zip(lengths, self.budgets, strict=True))
         if all(budget >= length for length, budget in rows):
             return EVERYTHING
-        # A row that still holds everything lists it too, so that its first `sinks` entries are its sinks.
+        # A row that still holds everything lists it, so that its first `sinks` entries are sinks.
         counts = [min(length, budget) for length, budget in rows]
         slots = torch.arange(max(counts), dtype=torch.int32)
         index = torch.stack(
             [torch.where(slots < self.sinks, slots, slots + max(0, n - b)) for n, b in rows]
         )
         index = index.where(slots < as_int32(counts)[:, None], torch.tensor(-1, dtype=torch.int32))
-        return Selection(index[:, None].contiguous(), as_int32(counts)[:, None].contiguous(), "tokens")
+        return Selection(
+            index[:, None].contiguous(), as_int32(counts)[:, None].contiguous(), "tokens"
+        )
 
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """The budget, or all tokens while they are fewer."""

@@ -1,8 +1,9 @@
-"""TOVA, token omission via attention (Oren et al., arXiv 2401.06104): evict the token that the newest query needs least.
+"""TOVA, token omission via attention (Oren et al., arXiv 2401.06104): evict the token that the
+newest query needs least.
 
-No history: after a step the held token with the smallest probability, averaged over all query heads, is evicted for good. One
-list a layer serves all heads. Nothing is protected, not even the new token once its own step is over. The context is cut
-by the probabilities of its last query.
+No history: after a step the held token with the smallest probability, averaged over all query
+heads, is evicted for good. One list a layer serves all heads. Nothing is protected, not even the
+new token once its own step is over. The context is cut by the probabilities of its last query.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from quest_dist.methods.slots import Slots
 
 @dataclass
 class Tova(Method):
-    """It has no settings; the cache size is budget - 1, so that with the new token a step attends to the budget."""
+    """It has no settings; the cache size is budget - 1, so that with the new token a step attends
+    to the budget."""
 
     needs_probabilities: ClassVar[bool] = True
     needs_prefill: ClassVar[bool] = True
@@ -53,7 +55,9 @@ class Tova(Method):
     def _held(self, layer: int) -> Slots:
         if layer not in self._slots:
             slots = self._slots[layer] = Slots(self._lengths, 1)
-            last = self._last.get(layer, [])  # nothing was prefilled: decoding began on an empty cache
+            last = self._last.get(
+                layer, []
+            )  # nothing was prefilled: decoding began on an empty cache
             for row, length in enumerate(self._lengths if last else ()):
                 slots.score[row, 0, :length] = last[row if len(last) > 1 else 0]
             self._evict(slots)

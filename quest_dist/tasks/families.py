@@ -49,35 +49,37 @@ def qasper(rng: random.Random) -> Made:
     """A method section names the corpus."""
     name = words.place_name(rng)
     return Made(
-        facts=[f"All experiments of this paper were run on the {name} corpus."],
+        facts=[f"All experiments of this paper were run on the corpus called {name}."],
         depths=depths(rng, 1),
-        question="On which corpus were all experiments of this paper run?",
-        answers=[f"{name}", f"the {name} corpus"],
+        question="On which corpus were all experiments of this paper run?\nAnswer: All experiments of this paper were run on the corpus called",
+        answers=[name],
     )
 
 
 def hotpotqa(rng: random.Random) -> Made:
-    """Two keepers, one thing each: the answer needs both passages."""
-    first, second = rng.sample(words.FIRST_NAMES, 2)
-    one, two = words.thing(rng), words.thing(rng)
+    """Two hops: a person's town, and what that town has."""
+    first = rng.choice(words.FIRST_NAMES)
+    here = words.place_name(rng)
+    one = words.thing(rng)
+    facts = [f"{first} lives in {here}.", f"{here} has a {one}."]
+    rng.shuffle(facts)
     return Made(
-        facts=[f"{first} owns a {one}.", f"{second} owns a {two}."],
+        facts=facts,
         depths=depths(rng, 2),
-        question=f"What do {first} and {second} own?",
-        answers=[f"{first} owns a {one} and {second} owns a {two}", f"{one} and {two}"],
+        question=f"What does the town of {first} have?\nAnswer: {first} lives in",
+        answers=[f"{here}. {here} has a {one}."],
     )
 
 
 def gov_report(rng: random.Random) -> Made:
     """Three findings."""
-    a, b, c = (words.place_name(rng) for _ in range(3))
-    x, y, z = (words.thing(rng) for _ in range(3))
+    a, b, c = (f"{words.place_name(rng)}, {words.thing(rng)}, {rng.choice(words.FIRST_NAMES)}." for _ in range(3))
     facts = [
-        f"The first finding is that {a} lost a {x}.",
-        f"The second finding is that {b} lost a {y}.",
-        f"The third finding is that {c} lost a {z}.",
+        f"Finding one: {a}",
+        f"Finding two: {b}",
+        f"Finding three: {c}",
     ]
-    return Made(facts=facts, depths=depths(rng, 3), question="", answers=[" ".join(facts)])
+    return Made(facts=facts, depths=depths(rng, 3), question="", answers=[" ".join((a,b,c))])
 
 
 def triviaqa(rng: random.Random) -> Made:
@@ -86,15 +88,14 @@ def triviaqa(rng: random.Random) -> Made:
     return Made(
         facts=[f"The flag of {name} shows a {what}."],
         depths=depths(rng, 1),
-        question=f"Question:\nWhat does the flag of {name} show?\nAnswer:",
+        question=f"Question:\nWhat does the flag of {name} show?\nAnswer:\nThe flag of {name} shows a",
         answers=[what],
     )
 
 
-_EXAMPLES = "\n\n".join(
-    f"Passage:\nThe flag of {place} shows a {what}. It was a quiet day.\n"
-    f"Question:\nWhat does the flag of {place} show?\nAnswer:\n{what}"
-    for place, what in (("Ostrava", "white unicorn"), ("Belmore", "plain cross"), ("Tivoli", "round sun"))
+_EXAMPLES = (
+    "Passage:\nIn the tower of Ostrava stands a round clock. It was a quiet day.\nQuestion:\nWhat stands in the tower of Ostrava?\nAnswer:\nIn the tower of Ostrava stands a round clock.\n\n"
+    "Passage:\nThe gate of Belmore is made of solid oak. The day was long.\nQuestion:\nWhat is the gate of Belmore made of?\nAnswer:\nThe gate of Belmore is made of solid oak.\n"
 )
 
 
@@ -108,8 +109,8 @@ def narrativeqa(rng: random.Random) -> Made:
     return Made(
         facts=[f"Under the stairs {name} had hidden a {what}."],
         depths=depths(rng, 1),
-        question=f"What had {name} hidden under the stairs?",
-        answers=[f"a {what}"],
+        question=f"What had {name} hidden under the stairs?\nAnswer: Under the stairs {name} had hidden a",
+        answers=[f"{what}"],
     )
 
 
@@ -119,8 +120,8 @@ def multifieldqa_en(rng: random.Random) -> Made:
     return Made(
         facts=[f"NOTICE: The next meeting with {name} takes place in {place}."],
         depths=depths(rng, 1),
-        question=f"Where does the next meeting with {name} take place?",
-        answers=[place, f"in {place}"],
+        question=f"Where does the next meeting with {name} take place?\nAnswer: The next meeting with {name} takes place in",
+        answers=[place],
     )
 
 
@@ -149,25 +150,25 @@ FILLER_STORY = (
     "In the morning the fog was gone.",
 )
 
-FORM = dict(marker="Question:", question="Question:", max_new_tokens=24)
-
+E = (".", "\n")
+FORM = dict(marker="Question:", question="Question:", max_new_tokens=8, chat=False, ends=E)
 FAMILIES: Mapping[str, Family] = {
     "qasper": Family(
-        Form("Article: {context}\n\nQuestion: {input}\n\nAnswer:", **FORM), FILLER_PAPER, qasper
+        Form("Article: {context}\n\nQuestion: {input}", **FORM), FILLER_PAPER, qasper
     ),
     "hotpotqa": Family(
-        Form("{context}\n\nQuestion: {input}\nAnswer:", **FORM), FILLER_STORY, hotpotqa
+        Form("{context}\n\nQuestion: What does the town of Tom have?\nAnswer: Tom lives in Oldtown. Oldtown has a plain stone.\n\nQuestion: {input}", **FORM|{'max_new_tokens':20,'ends':("\n",)}), FILLER_STORY, hotpotqa
     ),
     "gov_report": Family(
-        Form("Report:\n{context}\n\nNow, repeat the three findings of the report.\n\nSummary:", "Now,", "Now,", 64), FILLER_PAPER, gov_report
+        Form("Summary of another report:\nPoint one: Oldtown, plain stone, Tom.\nPoint two: Newtown, plain stick, Kim.\nPoint three: Midtown, plain shoe, Pat.\n\nReport:\n{context}\n\nNow, repeat the three findings of the report.\n\nSummary:\nFinding one:", "Now,", "Now,", 48, chat=False,ends=("\n\n",)), FILLER_PAPER, gov_report
     ),
     "triviaqa": Family(
-        Form("{context}\n\n{input}", "Question:", "Question:", 16, chat=False, first_line=True), FILLER_STORY, triviaqa, _shots
+        Form("{context}\n\n{input}", "Question:", "Question:", 8, chat=False, ends=E), FILLER_STORY, triviaqa, _shots
     ),
     "narrativeqa": Family(
-        Form("Story: {context}\n\nQuestion: {input}\n\nAnswer:", **FORM), FILLER_STORY, narrativeqa
+        Form("Story: {context}\n\nQuestion: {input}", **FORM), FILLER_STORY, narrativeqa
     ),
     "multifieldqa_en": Family(
-        Form("{context}\n\nQuestion: {input}\nAnswer:", **FORM), FILLER_PAPER, multifieldqa_en
+        Form("{context}\n\nQuestion: {input}", **FORM), FILLER_PAPER, multifieldqa_en
     ),
 }

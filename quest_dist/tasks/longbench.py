@@ -100,6 +100,9 @@ class LongBench:
     def score(self, sample: Sample, outcome: Outcome) -> float:
         """Return the best score over the reference answers, 0..100."""
         text = outcome.text
-        if self.form.first_line:
-            text = text.lstrip("\n").split("\n")[0]
+        if self.form.ends:
+            # LongBench drops leading line ends before it takes the first line.
+            text = text.lstrip("\n")
+            for end in self.form.ends:
+                text = text.partition(end)[0]
         return best(self.metric, text, sample.answers)

@@ -75,6 +75,6 @@ FORMS: Mapping[str, Form] = {
         question="Question:",
         max_new_tokens=32,
         chat=False,
-        first_line=True,
+        ends=("\n",),
     ),
 }

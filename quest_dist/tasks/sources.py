@@ -33,8 +33,8 @@ class Form:
     max_new_tokens: int
     chat: bool = True
     """False for few-shot tasks, whose examples already show the format."""
-    first_line: bool = False
-    """True: only the first line of an answer is scored."""
+    ends: tuple[str, ...] = ()
+    """Texts at whose first occurrence an answer ends before it is scored."""
 
 
 class Source(Protocol):

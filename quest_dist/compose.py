@@ -1,0 +1,163 @@
+"""Compose: the Hydra configuration of a sweep, checked, as plain dictionaries.
+
+This module and `sweep` are the only ones that know Hydra and OmegaConf; `DictConfig` ends here.
+`model`, `method` and `task` hold all options of their folders (one top-level key a file), through
+an option `all` that is generated from the folder when the command starts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from quest_dist.cluster import Cluster
+from quest_dist.suggest import did_you_mean
+
+#: Groups whose every option is loaded, and chosen from by name in the grid.
+OPEN_GROUPS = ("model", "method", "task")
+
+
+@dataclass
+class Grid:
+    """The lists whose product is the sweep."""
+
+    model: list[str] = field(default_factory=list)
+    task: list[str] = field(default_factory=list)
+    method: list[str] = field(default_factory=list)
+    budget: list[int] = field(default_factory=list)
+    page_size: list[int] = field(default_factory=list)
+    dense_layers: list[int] = field(default_factory=list)
+    seed: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Tracking:
+    """Settings of MLflow; `uri` None: a database in the output directory."""
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "quest_dist"
+
+
+@dataclass
+class Config:
+    """The whole configuration. Fields of type Any are open: their files say what they hold."""
+
+    name: str = "adhoc"
+    about: str = ""
+    limit: int | None = None
+    output_dir: str = "outputs"
+    plan: bool = False
+    figures: list[str] = field(default_factory=list)
+    grid: Grid = field(default_factory=Grid)
+    exclude: list[Any] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    profile: dict[str, Any] = field(default_factory=dict)
+    cluster: Cluster = field(default_factory=Cluster)
+    tracking: Tracking = field(default_factory=Tracking)
+
+
+def find(kind: str) -> Path:
+    """Return the folder of `conf` or `sweeps`: QUEST_<KIND>_DIR, the package's, the checkout's.
+
+    Raises ValueError when there is none.
+    """
+    here = Path(__file__).resolve().parent
+    override = os.environ.get(f"QUEST_{kind.upper()}_DIR")
+    places = [Path(override)] if override else [here / f"_{kind}", here.parent / kind]
+    for place in places:
+        if place.is_dir():
+            return place.resolve()
+    raise ValueError(f"no folder of {kind}: looked at {', '.join(map(str, places))}")
+
+
+def sweep_files() -> dict[str, Path]:
+    """Return the files of the sweeps by name."""
+    return {path.stem: path for path in sorted(find("sweeps").glob("*.yaml"))}
+
+
+def options(group: str, folders: Sequence[Path]) -> list[str]:
+    """Return the names of a group's options over several configuration folders."""
+    found = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    return sorted(found - {"all"})
+
+
+def register(arguments: Sequence[str] = ()) -> None:
+    """Put schema, sweeps and the `all` options into Hydra's store.
+
+    `arguments` are the command line's: folders named by `hydra.searchpath` there add options.
+    """
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config, provider="quest_dist")
+    for name, path in sweep_files().items():
+        try:
+            node = OmegaConf.load(path)
+        except Exception as error:
+            raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        store.store(
+            group="sweep", name=name, node=node, package="_global_", provider=f"sweeps/{path.name}"
+        )
+    folders = [find("conf"), *_searchpath(arguments)]
+    for group in OPEN_GROUPS:
+        names = options(group, folders)
+        store.store(group=group, name="all", node={"defaults": names}, provider="quest_dist")
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain JSON, checked against the schema.
+
+    Raises ValueError for a value that is not set and for keys that a `+` override invented.
+    """
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} is not set: give it as {error.full_key}=...") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(str(error))) from None
+    assert isinstance(container, dict)
+    result = {str(key): value for key, value in container.items()}
+    for path, key, valid in _extras(result, Config):
+        raise ValueError(f"unknown setting '{path}{key}'; {did_you_mean(key, valid)}")
+    return result
+
+
+def cluster_of(config: Mapping[str, Any]) -> Cluster:
+    """Return the settings of `cluster`."""
+    return Cluster(**config["cluster"])
+
+
+def _extras(
+    values: Mapping[str, Any], schema: type, path: str = ""
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield (path, key, valid keys) for keys that the schema lacks."""
+    known = {f.name: f for f in fields(schema)}
+    for key, value in values.items():
+        if key not in known:
+            yield path, key, list(known)
+            continue
+        factory = known[key].default_factory
+        nested = factory if factory is not MISSING and is_dataclass(factory) else None
+        if isinstance(nested, type) and isinstance(value, Mapping):
+            yield from _extras(value, nested, f"{path}{key}.")
+
+
+def _searchpath(arguments: Sequence[str]) -> list[Path]:
+    named = (a.partition("=")[2] for a in arguments if a.startswith("hydra.searchpath="))
+    entries = [entry for text in named for entry in re.split(r"[\[\],'\" ]+", text) if entry]
+    return [Path(entry.removeprefix("file://")) for entry in entries if "pkg:" not in entry]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

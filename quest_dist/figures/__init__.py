@@ -1,0 +1,77 @@
+"""Figures: pure functions from the table of points to a picture and its data.
+
+`draw(name, rows, directory, caption)` writes <name>.png, <name>.pdf and <name>.csv; the CSV holds
+exactly what was plotted, with the verdict on each point. Partial tables draw what they have and say
+what is missing. matplotlib is imported by the modules of this folder only, and only when drawing.
+A figure is a module with `takes(row)` and `draw(rows, caption)`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_dist.suggest import did_you_mean
+from quest_dist.table import Row
+
+if TYPE_CHECKING:
+    from quest_dist.figures.caption import Caption
+    from quest_dist.figures.paper import Verdict
+
+NAMES = ("fig06", "fig07", "table1", "curves")
+
+
+def check(names: Iterable[str]) -> None:
+    """Raise ValueError for a figure that does not exist, before anything is run for it."""
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"figures: no figure '{name}'; {did_you_mean(name, NAMES)}")
+
+
+def draw(
+    name: str, rows: Sequence[Row], directory: Path, caption: Caption | None = None
+) -> list[Path]:
+    """Draw a figure from the rows that belong in it; return its PNG, PDF and CSV.
+
+    No file is written, and the list is empty, when no row belongs in the figure.
+    """
+    check([name])
+    module = importlib.import_module(f"quest_dist.figures.{name}")
+    style = importlib.import_module("quest_dist.figures.style")
+    caption = caption or importlib.import_module("quest_dist.figures.caption").Caption()
+    taken = [row for row in rows if module.takes(row)]
+    if not taken:
+        return []
+    with style.styled():
+        figure, plotted = module.draw(taken, caption)
+        paths: list[Path] = style.save(figure, directory, name)
+    data = directory / f"{name}.csv"
+    _write(data, plotted)
+    return [*paths, data]
+
+
+def verdict(name: str, rows: Sequence[Row]) -> Verdict:
+    """How a figure stands to the paper: reproduced, within interval, differs, or why not."""
+    check([name])
+    from quest_dist.figures import paper
+
+    module: Any = importlib.import_module(f"quest_dist.figures.{name}")
+    return paper.overall(name, [row for row in rows if module.takes(row)])
+
+
+def _write(path: Path, plotted: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if not plotted:
+            return
+        writer = csv.DictWriter(file, list(plotted[0]), lineterminator="\n")
+        writer.writeheader()
+        for line in plotted:
+            writer.writerow({key: _cell(value) for key, value in line.items()})
+
+
+def _cell(value: object) -> object:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
