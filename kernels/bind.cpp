@@ -18,8 +18,16 @@ T* at(Address address) {
 quest::Pages make_pages(Address kv, Address meta, Address page_table, int dtype, int64_t pages,
                         int64_t kv_heads, int64_t page_size, int64_t dim, int64_t rows,
                         int64_t row_pages) {
-  return {at<void>(kv), at<void>(meta), at<const int32_t>(page_table),
-          static_cast<quest::DType>(dtype), pages, kv_heads, page_size, dim, rows, row_pages};
+  return {at<void>(kv),
+          at<void>(meta),
+          at<const int32_t>(page_table),
+          static_cast<quest::DType>(dtype),
+          pages,
+          kv_heads,
+          page_size,
+          dim,
+          rows,
+          row_pages};
 }
 
 quest::Strided make_strided(Address data, int64_t row, int64_t head, int64_t token) {
@@ -39,17 +47,16 @@ void append(const quest::Pages& pages, const quest::Strided& k, const quest::Str
 
 void page_scores(const quest::Pages& pages, Address q, int64_t heads, Address lengths,
                  float radius_scale, int reduce, bool score_open, Address out, int threads) {
-  quest::cpu::page_scores(pages, at<const void>(q), heads, at<const int32_t>(lengths),
-                          radius_scale, static_cast<quest::Reduce>(reduce), score_open,
-                          at<float>(out), threads);
+  quest::cpu::page_scores(pages, at<const void>(q), heads, at<const int32_t>(lengths), radius_scale,
+                          static_cast<quest::Reduce>(reduce), score_open, at<float>(out), threads);
 }
 
 void select_top(Address scores, Address items, Address keep, int64_t rows, int64_t lists,
                 int64_t items_max, bool force_last, Address index, int64_t width, Address count,
                 int threads) {
-  quest::cpu::select_top(at<const float>(scores), at<const int32_t>(items),
-                         at<const int32_t>(keep), rows, lists, items_max, force_last,
-                         at<int32_t>(index), width, at<int32_t>(count), threads);
+  quest::cpu::select_top(at<const float>(scores), at<const int32_t>(items), at<const int32_t>(keep),
+                         rows, lists, items_max, force_last, at<int32_t>(index), width,
+                         at<int32_t>(count), threads);
 }
 
 int64_t listed_tokens(const quest::Pages& pages, Address lengths,
@@ -67,8 +74,8 @@ void attend(const quest::Pages& pages, Address q, Address rolled_query, int64_t 
                      at<const int32_t>(lengths), selection, scale, result, threads);
 }
 
-void token_scores(const quest::Pages& pages, Address q, int64_t heads, Address lengths,
-                  float scale, Address out, int64_t width, int threads) {
+void token_scores(const quest::Pages& pages, Address q, int64_t heads, Address lengths, float scale,
+                  Address out, int64_t width, int threads) {
   quest::cpu::token_scores(pages, at<const void>(q), heads, at<const int32_t>(lengths), scale,
                            at<float>(out), width, threads);
 }

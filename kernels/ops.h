@@ -14,8 +14,8 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
 // One layer of the paged pool and the rows that look into it.
 struct Pages {
-  void* kv;                   // [N, G, 2, S, D]: keys (rotated), values
-  void* meta;                 // [N, G, 2, D]: per channel maximum and minimum of a closed page's keys
+  void* kv;    // [N, G, 2, S, D]: keys (rotated), values
+  void* meta;  // [N, G, 2, D]: per channel maximum and minimum of a closed page's keys
   const int32_t* page_table;  // [R, P]
   DType dtype;
   int64_t pages, kv_heads, page_size, dim, rows, row_pages;

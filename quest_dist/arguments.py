@@ -14,14 +14,25 @@ from typing import Any
 
 import torch
 
+from quest_dist.backend import by_reference, compiled
+
+# What the compiled ops take, and their number for it; the reference takes any floating dtype.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+LARGEST_HEAD = 1024  # kMaxDim of kernels/cpu/isa.h
+
+
+def strided(x: torch.Tensor) -> object:
+    """A tensor [R, heads, tokens, D], contiguous in D, for the compiled ops."""
+    return compiled().Strided(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
 
 class Arguments:
     """The arguments of one call of one op."""
 
-    def __init__(self, op: str, floats: Sequence[torch.dtype] | None) -> None:
+    def __init__(self, op: str, any_float: bool = False) -> None:
         self.op = op
         self.sizes: dict[str, int] = {}
-        self._floats = floats
+        self._floats = None if any_float or by_reference() else tuple(DTYPES)
         self._float: tuple[str, torch.dtype] | None = None
         self._device: tuple[str, torch.device] | None = None
 
@@ -53,6 +64,29 @@ class Arguments:
         if tensor.dtype != dtype:
             raise self.refuse(name, tensor.dtype, str(dtype))
         return tensor
+
+    def take_pool(
+        self,
+        kv: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor | None,
+        name: str = "lengths",
+    ) -> None:
+        """One layer's pages and the rows that look into them."""
+        self.floats("kv", kv, "N G 2 S D")
+        self.of_dtype("page_table", page_table, "R P")
+        if lengths is not None:
+            self.of_dtype(name, lengths, "R")
+        if kv.device.type != "cpu":
+            raise self.refuse("kv", f"on {kv.device}", "a tensor on the cpu")
+        if self["D"] > LARGEST_HEAD:
+            raise self.refuse("kv", f"of head dimension {self['D']}", f"at most {LARGEST_HEAD}")
+
+    def pages(self, kv: torch.Tensor, page_table: torch.Tensor, meta: int = 0) -> object:
+        """The pool that was taken, for the compiled ops; `meta` is an address."""
+        sizes = [self[letter] for letter in "NGSDRP"]
+        table = page_table.data_ptr()
+        return compiled().Pages(kv.data_ptr(), meta, table, DTYPES[kv.dtype], *sizes)
 
     def choice(self, name: str, value: Any, choices: Sequence[str]) -> int:
         """The position of a word among those allowed."""

@@ -7,18 +7,20 @@ an option `all` that is generated from the folder when the command starts.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from quest_dist.cluster import Cluster
+from quest_dist.folders import find
 from quest_dist.suggest import did_you_mean
 
 #: Groups whose every option is loaded, and chosen from by name in the grid.
@@ -67,20 +69,6 @@ class Config:
     profile: dict[str, Any] = field(default_factory=dict)
     cluster: Cluster = field(default_factory=Cluster)
     tracking: Tracking = field(default_factory=Tracking)
-
-
-def find(kind: str) -> Path:
-    """Return the folder of `conf` or `sweeps`: QUEST_<KIND>_DIR, the package's, the checkout's.
-
-    Raises ValueError when there is none.
-    """
-    here = Path(__file__).resolve().parent
-    override = os.environ.get(f"QUEST_{kind.upper()}_DIR")
-    places = [Path(override)] if override else [here / f"_{kind}", here.parent / kind]
-    for place in places:
-        if place.is_dir():
-            return place.resolve()
-    raise ValueError(f"no folder of {kind}: looked at {', '.join(map(str, places))}")
 
 
 def sweep_files() -> dict[str, Path]:
@@ -133,9 +121,13 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def cluster_of(config: Mapping[str, Any]) -> Cluster:
-    """Return the settings of `cluster`."""
-    return Cluster(**config["cluster"])
+def defaults() -> dict[str, Any]:
+    """Return the configuration without overrides, unresolved; its keys are the valid names."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(find("conf"))):
+        container = OmegaConf.to_container(compose(config_name="config"), resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
 
 
 def _extras(

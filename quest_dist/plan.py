@@ -258,7 +258,9 @@ def points(
     check_grid(grid, specs)
     rules = [_rule(rule, specs) for rule in exclude]
     found: dict[str, Point] = {}
-    for values in itertools.product(*(grid[axis] for axis in AXES)):
+    # A grid of full alone needs no budget; any number stands for it here.
+    lists = [grid[axis] or ([0] if axis == "budget" else []) for axis in AXES]
+    for values in itertools.product(*lists):
         chosen = dict(zip(AXES, values, strict=True))
         if any(all(chosen[k] in allowed for k, allowed in rule.items()) for rule in rules):
             continue
@@ -316,6 +318,8 @@ def check_grid(grid: Mapping[str, Sequence[Any]], specs: Mapping[str, Mapping[st
     """Raise ValueError unless every list of the grid holds valid names or whole numbers."""
     for axis in AXES:
         values = grid.get(axis) or ()
+        if axis == "budget" and not any(specs["method"][m].budgeted for m in grid["method"]):
+            continue
         if not values:
             hint = f"; choose from {', '.join(sorted(specs[axis]))}" if axis in specs else ""
             raise ValueError(f"grid.{axis} is empty: give it at least one value{hint}")

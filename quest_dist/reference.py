@@ -161,9 +161,10 @@ def _listed(index: Tensor, unit: str, page_size: int, length: int, row: int) -> 
     wrong = items[(items < 0) | (items >= limit)]
     if wrong.numel():
         raise ValueError(
-            f"attend: index: {unit[:-1]} {int(wrong[0])} of row {row} is out of range 0..{limit - 1}"
+            f"attend: index: {unit[:-1]} {int(wrong[0])} of row {row} is out of range "
+            f"0..{limit - 1}"
         )
-    if items.unique().numel() != items.numel():
+    if len(set(items.tolist())) != items.numel():
         raise ValueError(f"attend: index: a {unit[:-1]} of row {row} is listed twice")
     return positions
 
@@ -184,9 +185,9 @@ def attend(
     """Attention of one query a row over the tokens that its lists name, in list order.
 
     p = softmax(scale q . k_t), out = sum_t p_t v_t over t in the list of the query head: list
-    index[r, l, :count[r, l]] with l = 0, the kv head or the query head as Hs is 1, G or H. No index,
-    or count -1: all tokens, ascending. The first `rolled` tokens of a list of tokens are scored with
-    `rolled_query` instead of q. Empty lists, repeated or absent tokens are errors.
+    index[r, l, :count[r, l]] with l = 0, the kv head or the query head as Hs is 1, G or H. No
+    index, or count -1: all tokens, ascending. The first `rolled` tokens of a list of tokens are
+    scored with `rolled_query` instead of q. Empty lists, repeated or absent tokens are errors.
     """
     _check_lengths("attend", kv, page_table, lengths)
     rows, heads, dim = q.shape
@@ -227,8 +228,8 @@ def attend(
             if weights is not None:
                 weights[r, h, : len(chosen)] = p
         for kv_head in range(kv_heads):
-            union = torch.cat(lists[r][kv_head * group : (kv_head + 1) * group]).unique()
-            read[r, kv_head] = union.numel()
+            union = torch.cat(lists[r][kv_head * group : (kv_head + 1) * group])
+            read[r, kv_head] = len(set(union.tolist()))
     attended = torch.tensor([[len(one) for one in row] for row in lists], dtype=torch.int32)
     return Attended(out, attended, read, weights, lse)
 

@@ -79,7 +79,7 @@ def _sample(
     try:
         sample = task.sample(index, loaded.language)
     except Exception as error:
-        return [_failed(point, task, index, None, error) for point in points]
+        return [failed(point, task.metric, index, describe(error)) for point in points]
     results = _evaluate(loaded, sample, points)
     return [_record(p, task, index, sample, r) for p, r in zip(points, results, strict=True)]
 
@@ -108,7 +108,7 @@ def _record(
     point: Point, task: Task, index: int, sample: Sample, result: Evaluated | Exception
 ) -> dict[str, Any]:
     if isinstance(result, Exception):
-        return _failed(point, task, index, sample, result)
+        return failed(point, task.metric, index, describe(result), sample)
     low, high = result.planned_low, result.planned_high
     try:
         if not low - DENSITY_TOLERANCE <= result.attended <= high + DENSITY_TOLERANCE:
@@ -118,9 +118,10 @@ def _record(
             )
         score = float(task.score(sample, result.outcome))
     except Exception as error:
-        return _failed(point, task, index, sample, error)
+        return failed(point, task.metric, index, describe(error), sample)
     facts = {k: float(v) for k, v in sample.info.items() if type(v) in (int, float)}
-    return _blank(point, task, index, sample) | {
+    return failed(point, task.metric, index, "", sample) | {
+        "error": None,
         "score": score,
         "prediction": result.outcome.text,
         "attended": result.attended,
@@ -133,14 +134,10 @@ def _record(
     }
 
 
-def _failed(
-    point: Point, task: Task, index: int, sample: Sample | None, error: Exception
+def failed(
+    point: Point, metric: str, index: int, error: str, sample: Sample | None = None
 ) -> dict[str, Any]:
-    return _blank(point, task, index, sample) | {"error": describe(error)}
-
-
-def _blank(point: Point, task: Task, index: int, sample: Sample | None) -> dict[str, Any]:
-    """A record of which nothing is known but where it belongs."""
+    """Return the record of a sample that gave no score, and why."""
     return {
         "point": point.key,
         "sample": index,
@@ -157,8 +154,8 @@ def _blank(point: Point, task: Task, index: int, sample: Sample | None) -> dict[
         "seconds": 0.0,
         "prefill_seconds": 0.0,
         "finished_at": time.time(),
-        "error": None,
-        "metric": task.metric,
+        "error": error,
+        "metric": metric,
         "metrics": {},
     }
 

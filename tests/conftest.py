@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
+
 from quest_dist import ops
+
+# Small tensors: more threads only wait for each other. Tests of threading set their own.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(params=ops.isas())

@@ -1,7 +1,7 @@
 """Random paged pools for the op tests, and the one place where tolerances live.
 
-A pool's rows hold ragged lengths on shuffled physical pages; every slot, page and metadata entry that
-no row filled is NaN, so whatever reads one shows.
+A pool's rows hold ragged lengths on shuffled physical pages; every slot, page and metadata entry
+that no row filled is NaN, so whatever reads one shows.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from quest_dist import ops, reference
 from torch import Tensor
 
-# Largest |difference| over largest |value| against float64 on the same rounded inputs. Sums are fp32
-# everywhere; `out` is rounded once to the dtype of q; bf16 prefill rounds each probability too.
+from quest_dist import ops, reference
+
+# Largest |difference| over largest |value| against float64 on the same rounded inputs. Sums are
+# fp32 everywhere; `out` is rounded once to the dtype of q; bf16 prefill rounds probabilities too.
 TOLERANCE = {
     "sum": 2e-6,
     "prefill bf16": 2**-7,

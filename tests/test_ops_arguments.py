@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pools import Case, shared
+
 from quest_dist import ops
 
 CASE = Case(torch.float32, 2, 16)

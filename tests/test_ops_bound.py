@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from pools import TOLERANCE, Case, name, shared
-from quest_dist import ops
 from torch import Tensor
+
+from quest_dist import ops
 
 SOME = [Case(d, 3, s) for d in (torch.float32, torch.bfloat16) for s in (1, 8, 16)]
 some_cases = pytest.mark.parametrize("case", SOME, ids=name)

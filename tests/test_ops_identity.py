@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from pools import CASES, Case, empty_pool, filled_pool, name, queries, random_lists, shared
-from quest_dist import ops
 from torch import Tensor
+
+from quest_dist import ops
 
 SOME = [Case(d, 3, s) for d in (torch.float32, torch.bfloat16) for s in (1, 16)] + [CASES[-1]]
 some_cases = pytest.mark.parametrize("case", SOME, ids=name)

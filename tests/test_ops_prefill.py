@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from pools import close
-from quest_dist import ops, reference
 from torch import Tensor
+
+from quest_dist import ops, reference
 
 
 def prompt(

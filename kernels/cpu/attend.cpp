@@ -41,8 +41,7 @@ class Expansion {
     const int64_t words = (length_ + 63) / 64;
     uint64_t* listed = scratch(s_.listed, words);
     std::memset(listed, 0, static_cast<size_t>(words) * 8);
-    const int64_t limit =
-        unit == Unit::kPages ? (length_ - 1) / p_.page_size + 1 : length_;
+    const int64_t limit = unit == Unit::kPages ? (length_ - 1) / p_.page_size + 1 : length_;
     int64_t* rows = scratch(s_.rows, unit == Unit::kPages ? count * p_.page_size : count);
     int64_t n = 0, seen_page = -1, seen_base = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -130,8 +129,7 @@ void attend_heads(const Job& job, const Isa& isa, int64_t r, int64_t head, int64
     }
     std::memset(sum, 0, static_cast<size_t>(few * dim) * 4);
     // Values lie page_size rows behind their keys.
-    const char* values =
-        static_cast<const char*>(p.kv) + p.page_size * dim * bytes_of(p.dtype);
+    const char* values = static_cast<const char*>(p.kv) + p.page_size * dim * bytes_of(p.dtype);
     isa.weigh[dtype](score + from * n, n, few, dim, values, rows, n, sum);
     for (int64_t i = 0; i < few; ++i) {
       for (int64_t d = 0; d < dim; ++d) sum[i * dim + d] *= inverse[i];
@@ -166,9 +164,9 @@ void attend_row(const Job& job, int64_t r, int64_t h) {
     const int64_t at = r * lists + list;
     const int64_t count = selection.index == nullptr ? -1 : selection.count[at];
     const bool all = count < 0;
-    const int64_t n = all ? expansion.every()
-                          : expansion.list(selection.index + at * selection.width, count,
-                                           selection.unit);
+    const int64_t n =
+        all ? expansion.every()
+            : expansion.list(selection.index + at * selection.width, count, selection.unit);
     every = every || all;
     if (!all) {
       for (int64_t w = 0; w < words; ++w) united[w] |= s.listed[static_cast<size_t>(w)];
@@ -220,8 +218,8 @@ int64_t listed_tokens(const Pages& p, const int32_t* lengths, const Selection& s
 }
 
 void attend(const Pages& p, const void* q, const void* rolled_query, int64_t rolled, int64_t heads,
-            const int32_t* lengths, const Selection& selection, float scale,
-            const Attended& result, int threads) {
+            const int32_t* lengths, const Selection& selection, float scale, const Attended& result,
+            int threads) {
   check_lengths(p, "attend", lengths);
   check_counts(p, selection);
   const Job job{p, q, rolled_query, rolled, heads, lengths, selection, scale, result};

@@ -58,7 +58,8 @@ const char* isa() { return current_isa().name; }
 const char* isas() {
   static const std::string text = [] {
     std::string joined;
-    for (const Isa* one : choices()) joined += (joined.empty() ? "" : ", ") + std::string(one->name);
+    for (const Isa* one : choices())
+      joined += (joined.empty() ? "" : ", ") + std::string(one->name);
     return joined;
   }();
   return text.c_str();

@@ -19,8 +19,8 @@ using Dot = void (*)(const float* q, int64_t heads, int64_t dim, const void* bas
                      const int64_t* rows, int64_t count, float scale, float* out, int64_t stride);
 
 // sum[h, :] += sum_i p[h * stride + i] * base[rows[i]]; sum is [heads, dim] fp32.
-using Weigh = void (*)(const float* p, int64_t stride, int64_t heads, int64_t dim,
-                       const void* base, const int64_t* rows, int64_t count, float* sum);
+using Weigh = void (*)(const float* p, int64_t stride, int64_t heads, int64_t dim, const void* base,
+                       const int64_t* rows, int64_t count, float* sum);
 
 // maximum and minimum, each dim wide, over count contiguous rows.
 using Extremes = void (*)(const void* base, int64_t count, int64_t dim, void* maximum,
@@ -28,7 +28,7 @@ using Extremes = void (*)(const void* base, int64_t count, int64_t dim, void* ma
 
 // One block of queries of one (row, head) of prefill_attend, bf16; see prefill.cpp for the packing.
 struct PrefillBlock {
-  const uint16_t* q;  // the block's first query
+  const uint16_t* q;      // the block's first query
   const uint16_t *k, *v;  // packed tiles of the kv head, 64-byte aligned
   uint16_t* out;
   int64_t q_token, out_token;   // strides in elements

@@ -2,10 +2,8 @@
 //
 // Six queries against 64 keys are 24 accumulators of 16 lanes: they stay in registers while pairs
 // of channels (for scores) or of keys (for values) stream past. Softmax is online, in base 2.
+// Include vec_avx512.h and inner.h first.
 #pragma once
-
-#include "inner.h"
-#include "vec_avx512.h"
 
 namespace {
 
@@ -84,8 +82,8 @@ void strip_tile(const PrefillBlock& b, PrefillState<D>& state, int64_t strip, in
       s[i][c] = mul(s[i][c], set1(scale));
       const int64_t seen = seen_by_first + i - c * kLanes;
       if (seen < kLanes) {
-        s[i][c] = _mm512_mask_mov_ps(set1(-__builtin_inff()), lanes_below(seen > 0 ? seen : 0),
-                                     s[i][c]);
+        s[i][c] =
+            _mm512_mask_mov_ps(set1(-__builtin_inff()), lanes_below(seen > 0 ? seen : 0), s[i][c]);
       }
       high = max(high, s[i][c]);
     }

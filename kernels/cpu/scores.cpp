@@ -82,8 +82,8 @@ void page_scores(const Pages& p, const void* q, int64_t heads, const int32_t* le
   });
 }
 
-void token_scores(const Pages& p, const void* q, int64_t heads, const int32_t* lengths,
-                  float scale, float* out, int64_t width, int threads) {
+void token_scores(const Pages& p, const void* q, int64_t heads, const int32_t* lengths, float scale,
+                  float* out, int64_t width, int threads) {
   check_lengths(p, "token_scores", lengths);
   const Isa& isa = current_isa();
   const int64_t group = heads / p.kv_heads;

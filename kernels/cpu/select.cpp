@@ -84,8 +84,8 @@ void select_top(const float* scores, const int32_t* items, const int32_t* keep, 
                                ", but scores has " + std::to_string(items_max) + " a row");
     }
     if (force_last && keep[r] == 0 && items[r] > 0) {
-      refuse("select_top", "keep[" + std::to_string(r) +
-                               "] is 0, but force_last keeps at least the last item");
+      refuse("select_top",
+             "keep[" + std::to_string(r) + "] is 0, but force_last keeps at least the last item");
     }
   }
   parallel(rows * lists, threads, [&](int64_t task) {

@@ -42,13 +42,13 @@ inline Vec scale_exp(Vec p, Vec n, Vec x, Vec limit) {
 inline Vec reduce(const Vec* a) {
   Vec u[4];
   for (int i = 0; i < 4; ++i) {
-    Vec low = add(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]),
-                  _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
+    Vec low =
+        add(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
     Vec high = add(_mm512_unpacklo_ps(a[4 * i + 2], a[4 * i + 3]),
                    _mm512_unpackhi_ps(a[4 * i + 2], a[4 * i + 3]));
     __m512d l = _mm512_castps_pd(low), h = _mm512_castps_pd(high);
-    u[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)),
-               _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
+    u[i] =
+        add(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)), _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
   }
   Vec v0 = add(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xDD));
   Vec v1 = add(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xDD));

@@ -33,7 +33,7 @@ class Caption:
 
 
 def small_print(rows: Sequence[Row], caption: Caption, notes: Sequence[str]) -> list[str]:
-    """The lines below a figure, wrapped to its width. The first note says how intervals are drawn."""
+    """The lines below a figure, wrapped to its width; the first note is how intervals are drawn."""
     models, protocols = _named(r.model_label for r in rows), _named(r.protocol for r in rows)
     data = _named(BADGES.get(r.data, r.data) for r in rows)
     page = _named(f"{r.page_size}" for r in rows if r.budget is not None)
@@ -65,7 +65,7 @@ def lacking(rows: Sequence[Row]) -> str:
     for status, word in (("failed", "failed"), ("missing", "not run yet"), ("partial", "partial")):
         found = [row for row in rows if row.status == status]
         if found:
-            which = [f"{r.label} {r.budget or ''} {r.task}".replace("  ", " ") for r in found]
+            which = [f"{r.label} {r.budget or ''} {r.task_label}".replace("  ", " ") for r in found]
             shown = ", ".join(which[:4]) + (f" and {len(which) - 4} more" if which[4:] else "")
             parts.append(f"{len(found)} of {len(rows)} points {word} ({shown})")
     return ("Incomplete: " + "; ".join(parts) + ".") if parts else ""

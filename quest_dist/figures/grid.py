@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -24,13 +25,15 @@ def page(
     across = len(found) if len(found) < 4 else 2 if len(found) == 4 else 3
     down = -(-len(found) // across)
     verdict = paper.overall(name, rows)
-    notes = ["Bars: 95 % intervals over samples"]
+    sure = any(not math.isnan(row.low) for row in rows)
+    bars = "Bars: 95 % intervals over samples" if sure else "One sample a point has no interval"
+    notes = [bars]
     if name in paper.reference():
         notes.append(f"Against the paper: {verdict}.")
     handles = panels.legend(found)
     lines = len(captions.small_print(rows, caption, [*notes, captions.lacking(rows)]))
     tall = PANEL if down > 1 else 2.9
-    legend_lines = -(-(len(handles) + 1) // 7)
+    legend_lines = -(-len(handles) // 7)
     fixed = captions.HEAD + LEGEND * legend_lines + 0.5 + lines * captions.LINE
     height = fixed + down * tall
     figure = style.canvas(height)
@@ -44,7 +47,7 @@ def page(
     plotted: panels.Plotted = []
     for i, panel in enumerate(found):
         axes = figure.add_subplot(spec[i // across, i % across])
-        plotted += panels.draw(axes, panel, name, _title(panel, found))
+        plotted += panels.draw(axes, panel, name, _title(panel, found), 0.033 * across)
         if i + across < len(found):
             axes.set_xlabel("")
     if any(line["series"] == "paper" for line in plotted):

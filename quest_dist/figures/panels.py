@@ -27,8 +27,8 @@ METRICS = {
 Plotted = list[dict[str, Any]]
 
 
-def draw(axes: Axes, panel: Panel, figure: str, title: str) -> Plotted:
-    """Draw one panel; return what was plotted."""
+def draw(axes: Axes, panel: Panel, figure: str, title: str, apart: float = 0.1) -> Plotted:
+    """Draw one panel; return what was plotted. `apart`: octaves that lines are moved, at most."""
     plotted: Plotted = []
     budgets = list(panel.budgets) or [1]
     style.budget_axis(axes, budgets)
@@ -40,8 +40,8 @@ def draw(axes: Axes, panel: Panel, figure: str, title: str) -> Plotted:
         if line.flat is not None:
             plotted += _level(axes, line, line.flat, figure, budgets)
     for i, line in enumerate(curves):
-        apart = 0.0 if len(curves) < 2 else 0.1 * (2 * i / (len(curves) - 1) - 1)
-        plotted += _curve(axes, line, figure, apart, _dash(line, curves))
+        moved = 0.0 if len(curves) < 2 else apart * (2 * i / (len(curves) - 1) - 1)
+        plotted += _curve(axes, line, figure, moved, _dash(line, curves))
     _scale(axes, panel.metric, plotted)
     _failures(axes, lines)
     return plotted
@@ -109,7 +109,7 @@ def paper_entry(figure: str, row: Row, label: str, value: float) -> dict[str, An
 def _level(axes: Axes, line: Line, row: Row, figure: str, budgets: list[int]) -> Plotted:
     if not row.n:
         return []
-    axes.axhline(row.score, color=style.INK, lw=1.2, ls=(0, (5, 2.5)), zorder=2)
+    axes.axhline(row.score, color=style.INK, lw=1.2, ls=(0, (5, 2.5)), zorder=6)
     if not math.isnan(row.low):
         left = axes.get_xlim()[0]
         axes.vlines([left], row.low, row.high, color=style.INK, lw=2.4, alpha=0.55, clip_on=False)
@@ -148,7 +148,9 @@ def _curve(axes: Axes, line: Line, figure: str, apart: float, dash: Any) -> Plot
         value = paper.judge(figure, row).paper
         if value is not None and row.budget:
             mark: dict[str, Any] = {"marker": seen.marker, "ms": size + 1.8, "zorder": 6}
-            axes.plot([row.budget * 2**apart], [value], mec=seen.color, mfc="none", mew=1.2, ls="", **mark)
+            axes.plot(
+                [row.budget * 2**apart], [value], mec=seen.color, mfc="none", mew=1.2, ls="", **mark
+            )
             plotted.append(paper_entry(figure, row, line.label, value))
     return plotted
 
@@ -159,7 +161,7 @@ def _scale(axes: Axes, metric: str, plotted: Plotted) -> None:
     values = [e[k] for e in plotted for k in known if e[k] is not None and not math.isnan(e[k])]
     if not values:
         axes.set_yticks([])
-        where = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+        where: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "center"}
         axes.text(0.5, 0.5, "no results yet", color=style.FAINT, **where)
         return
     low, high = min(values), max(values)

@@ -54,7 +54,7 @@ LOOKS = {
 SPARE = (Look("#937860", "8"), Look("#5f9ea0", "H"), Look("#9e9ac8", "d"), Look("#a1887f", "X"))
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)))
 
-RC = {
+RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,

@@ -66,8 +66,8 @@ def _table(axes: Axes, panel: Panel, named: bool) -> panels.Plotted:
     for text, line in zip(axes.get_yticklabels(), lines, strict=True):
         strong = style.look(line.method).strong
         text.set(color=style.look(line.method).color if strong else style.INK, size=9.5)
-        text.set_weight("bold" if strong else "normal")
-    where = {"va": "bottom", "size": 8.5, "color": style.FAINT}
+        text.set_fontweight("bold" if strong else "normal")
+    where: dict[str, Any] = {"va": "bottom", "size": 8.5, "color": style.FAINT}
     axes.text(-0.05, -0.12, "token budget", ha="right", **where)
     if named:
         axes.text(0, -0.62, f"{panel.title} · {panel.model_label}", weight="bold", size=10)
@@ -89,7 +89,7 @@ def _table(axes: Axes, panel: Panel, named: bool) -> panels.Plotted:
 def _cell(axes: Axes, x: int, y: int, row: Row | None, wide: int) -> None:
     known = row is not None and row.n > 0
     shade = SHADES(row.score / 100) if row is not None and known else "#ffffff"
-    edge = {"edgecolor": "white" if known else style.GRID, "lw": 2 if known else 0.8}
+    edge: dict[str, Any] = {"edgecolor": "white" if known else style.GRID, "lw": 2 if known else 0.8}
     axes.add_patch(Rectangle((x + 0.01, y + 0.03), wide - 0.02, 0.94, facecolor=shade, **edge))
     middle: dict[str, Any] = {"ha": "center", "va": "center"}
     if row is None or not known:

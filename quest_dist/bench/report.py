@@ -1,0 +1,70 @@
+"""What a benchmark gives: a table for people, and JSON whose `summary` holds the accepted figures by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """A benchmark's `rows` under `columns`, its `summary`, and the `setting` that it ran in."""
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    summary: Mapping[str, Any]
+    setting: Mapping[str, Any]
+
+    def show(self) -> None:
+        """Print the table and the summary."""
+        table = Table(title=self.name, title_justify="left")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if number == 0 else "right")
+        for row in self.rows:
+            table.add_row(*(_text(value) for value in row))
+        console = Console(width=max(100, Console().width))
+        console.print(table)
+        for key, value in self.summary.items():
+            console.print(f"{key}: {_text(value)}", highlight=False)
+
+    def write(self, path: Path) -> None:
+        """Write everything as JSON; the folder is made if need be."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        content = {
+            "benchmark": self.name,
+            "machine": machine(),
+            "setting": dict(self.setting),
+            "rows": rows,
+            "summary": dict(self.summary),
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its logical CPUs in use, and the system."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ] if Path("/proc/cpuinfo").exists() else []
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cpus": os.cpu_count(),
+        "system": platform.platform(),
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

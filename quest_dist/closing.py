@@ -1,0 +1,115 @@
+"""Closing: the tables and lines that a sweep ends with, or that a plan consists of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from quest_dist.plan import Point
+from quest_dist.table import Panel, Row, pivot
+
+
+def console() -> Console:
+    """Return a console on standard output; wide enough for a table where there is no terminal."""
+    found = Console(highlight=False, emoji=False)
+    return found if found.is_terminal else Console(highlight=False, emoji=False, width=120)
+
+
+def results(rows: Sequence[Row], out: Console) -> None:
+    """Print one table a task: methods by budgets, scores with half their 95 % interval."""
+    for panel in pivot(rows):
+        out.print()
+        out.print(_panel(panel))
+
+
+def plan(
+    points: Sequence[Point],
+    counts: Mapping[str, int],
+    done: Callable[[str], set[int]],
+    out: Console,
+) -> None:
+    """Print what a sweep consists of: a line a task, with methods, budgets and what is done."""
+    places: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        places.setdefault((point.task.name, point.model.name), []).append(point)
+    listing = Table("task", "model", "points", "methods", "budgets", "samples", "done")
+    for (task, model), members in places.items():
+        methods = ", ".join(dict.fromkeys(p.method.name for p in members))
+        budgets = sorted({p.budget for p in members if p.budget is not None})
+        expected = sum(counts[p.key] for p in members)
+        have = sum(len(done(p.key) & set(range(counts[p.key]))) for p in members)
+        listing.add_row(
+            task,
+            model,
+            str(len(members)),
+            methods,
+            " ".join(map(str, budgets)),
+            str(max(counts[p.key] for p in members)),
+            f"{have}/{expected}",
+        )
+    out.print(listing)
+
+
+def failures(rows: Iterable[Row], out: Console) -> None:
+    """Print the points that failed with their errors, in one line; nothing when none did."""
+    failed: dict[str, list[str]] = {}
+    for row in rows:
+        if row.status == "failed":
+            budget = "" if row.budget is None else f" {row.budget}"
+            failed.setdefault(row.error, []).append(f"{row.task} {row.method}{budget} [{row.point}]")
+    if failed:
+        parts = (f"{', '.join(points)}: {error}" for error, points in failed.items())
+        out.print(f"failed: {'; '.join(parts)}", style="red", markup=False, soft_wrap=True)
+
+
+def paths(files: Iterable[Path], tracking_uri: str | None, out: Console) -> None:
+    """Print where the results are and how to look at them."""
+    out.print()
+    for path in files:
+        out.print(_short(path), markup=False, soft_wrap=True)
+    if tracking_uri:
+        uri = tracking_uri
+        command = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+        out.print(f"runs and curves: {command}", markup=False, soft_wrap=True)
+
+
+def _panel(panel: Panel) -> Table:
+    table = Table(title=f"{panel.task} · {panel.model} · {panel.metric}", title_justify="left")
+    table.add_column("method")
+    flat = any(line.flat is not None for line in panel.lines)
+    if flat:
+        table.add_column("no budget", justify="right")
+    for budget in panel.budgets:
+        table.add_column(str(budget), justify="right")
+    for line in panel.lines:
+        cells = [_cell(line.flat)] if flat else []
+        cells += [_cell(line.by_budget.get(budget)) for budget in panel.budgets]
+        table.add_row(line.label, *cells)
+    counted = sorted({row.n for line in panel.lines for row in line.by_budget.values()})
+    if counted:
+        span = str(counted[0]) if len(counted) == 1 else f"{counted[0]} to {counted[-1]}"
+        table.caption = f"{span} samples; ± half the 95 % interval"
+    return table
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.n == 0:
+        return row.status
+    digits = 2 if row.metric == "perplexity" else 1
+    text = f"{row.score:.{digits}f}"
+    if not math.isnan(row.low):
+        text += f" ±{(row.high - row.low) / 2:.{digits}f}"
+    return text if row.status == "finished" else f"{text} ({row.n}/{row.n_expected})"
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

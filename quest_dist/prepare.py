@@ -1,0 +1,155 @@
+"""Prepare: a configuration becomes points whose every name, number and file has been checked.
+
+All that can be known to be wrong is found here, as one ValueError, before a worker starts: names,
+settings, budgets that a method cannot honour, data that is missing or malformed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quest_dist import cluster, figures, models, plan
+from quest_dist.cluster import Cluster
+from quest_dist.plan import Point, Spec
+
+_CHOSEN = ("model", "method", "task")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep. `counts` and `metrics` map a point's key to its samples and metric."""
+
+    name: str
+    about: str
+    output_dir: Path
+    figures: tuple[str, ...]
+    points: tuple[Point, ...]
+    counts: Mapping[str, int]
+    metrics: Mapping[str, str]
+    cluster: Cluster
+    tracking: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """Where this sweep's tables and figures go."""
+        return self.output_dir / self.name
+
+
+def prepare(config: Mapping[str, Any]) -> Sweep:
+    """Check a configuration (plain JSON, as compose.plain gives it) and expand its grid.
+
+    Raises ValueError, naming the setting and the choices.
+    """
+    grid = config["grid"]
+    limit = config["limit"]
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: must be at least 1 sample, or null for all")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(config["name"])):
+        raise ValueError(f"name={config['name']!r}: letters, digits, '.', '_' and '-' only")
+    figures.check(config["figures"])
+    resources = Cluster(**config["cluster"])
+    cluster.check(resources)
+    specs = {group: specs_of(config[group], group) for group in _CHOSEN}
+    plan.check_grid(grid, specs)
+    _check_models(specs["model"], grid["model"])
+    for name in grid["model"]:
+        specs["model"][name] = _identified(specs["model"][name])
+    protocol = _named(config["protocol"], "protocol")
+    tasks, data = _tasks(config, specs["task"], protocol)
+    points = plan.points(grid, config["exclude"], specs, data, protocol)
+    _check_methods(points)
+    counts = {p.key: min(tasks[p.task.name][0], limit or tasks[p.task.name][0]) for p in points}
+    return Sweep(
+        name=str(config["name"]),
+        about=str(config["about"]),
+        output_dir=Path(config["output_dir"]).expanduser().absolute(),
+        figures=tuple(config["figures"]),
+        points=tuple(points),
+        counts=counts,
+        metrics={p.key: tasks[p.task.name][1] for p in points},
+        cluster=resources,
+        tracking=config["tracking"],
+        config=config,
+    )
+
+
+def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
+    """Return the specs of a group whose options are loaded under their names."""
+    for name, settings in options.items():
+        if not isinstance(settings, Mapping):
+            raise ValueError(
+                f"{group}.{name}: not an option of {group}; choose options in the grid, as in"
+                f" 'grid.{group}=[NAME]'"
+            )
+    return {name: Spec(name, settings) for name, settings in options.items()}
+
+
+def _named(settings: Mapping[str, Any], group: str) -> Spec:
+    return Spec(str(settings.get("label", group)), settings)
+
+
+def _check_models(specs: Mapping[str, Spec], names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            models.check(specs[name].settings)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.", f"model.{name}.", 1)) from error
+
+
+def _identified(spec: Spec) -> Spec:
+    return plan.with_content(spec, models.identity(spec.settings))
+
+
+def _tasks(
+    config: Mapping[str, Any], specs: Mapping[str, Spec], protocol: Spec
+) -> tuple[dict[str, tuple[int, str]], dict[str, Spec]]:
+    """The (number of samples, metric) and the data of each task of the grid."""
+    source = _named(config["data"], "data")
+    try:
+        records = source.build()
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from error
+    tasks: dict[str, tuple[int, str]] = {}
+    data: dict[str, Spec] = {}
+    for name in config["grid"]["task"]:
+        try:
+            task = specs[name].build(data=records, seed=0, protocol=dict(protocol.settings))
+            count = task.count()
+            data[name] = plan.with_content(source, task.identity())
+        except ValueError as error:
+            raise ValueError(f"task {name}: {error}") from error
+        if count < 1:
+            raise ValueError(f"task {name}: there are no samples")
+        tasks[name] = (count, task.metric)
+    return tasks, data
+
+
+def _check_methods(points: Sequence[Point]) -> None:
+    built: dict[str, Any] = {}
+    for point in points:
+        name = point.method.name
+        if name not in built:
+            built[name] = _method(point.method)
+        layers = (point.model.settings.get("shape") or {}).get("layers")
+        if layers is not None and point.dense_layers > layers:
+            raise ValueError(
+                f"grid.dense_layers={point.dense_layers}: {point.model.name} has {layers} layers"
+            )
+        if point.budget is not None:
+            try:
+                built[name].check_budget(point.budget, point.page_size)
+            except ValueError as error:
+                raise ValueError(f"method {name}: {error}") from error
+
+
+def _method(spec: Spec) -> Any:
+    try:
+        return spec.build()
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(spec.name) else f"{spec.name}: {text}") from error

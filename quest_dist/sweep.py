@@ -1,0 +1,90 @@
+"""The command: compose, prepare, schedule, track, draw.
+
+    python -m quest_dist.sweep +sweep=longbench_budgets
+
+Exit status: 0 when every point is finished, 1 when some failed or the sweep was interrupted, 2 for
+a mistake in the command line, the configuration or the data. Torch, Ray and MLflow are imported
+only once a sweep really starts, so that --help and --cfg answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from quest_dist import compose, welcome
+from quest_dist.folders import find
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+FINISHED, INCOMPLETE, MISTAKE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: sys.argv); return the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    full_errors = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        if not given:
+            sys.stdout.write(welcome.text(compose.sweep_files()) + "\n")
+            return FINISHED
+        return _hydra(given)
+    except KeyboardInterrupt:
+        return _mistake("interrupted before any work started", INCOMPLETE)
+    except ValueError as error:
+        if full_errors:
+            raise
+        return _mistake(str(error))
+    except Exception as error:
+        from quest_dist import mistakes
+
+        if full_errors or not isinstance(error, mistakes.ERRORS):
+            raise
+        return _mistake(mistakes.explain(error, compose.defaults))
+
+
+def _hydra(arguments: list[str]) -> int:
+    """Let Hydra compose (or print, or help), and run what it composed."""
+    import hydra
+
+    refused = {"-m", "--multirun"} & set(arguments)
+    if refused:
+        raise ValueError(
+            f"{refused.pop()}: a sweep expands its own grid; give lists instead,"
+            " as in 'grid.budget=[256,512]'"
+        )
+    compose.register(arguments)
+    status = FINISHED
+
+    def task(cfg: DictConfig) -> None:
+        nonlocal status
+        from quest_dist import launch
+
+        status = launch.run(compose.plain(cfg))
+
+    # A plan writes nothing, not even Hydra's record of the launch.
+    extra = ["hydra.run.dir=.", "hydra.output_subdir=null"] if _plans(arguments) else []
+    # Hydra would print and exit by itself; the errors are ours to explain.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    saved, sys.argv = sys.argv, [sys.argv[0], *arguments, *extra]
+    try:
+        hydra.main(version_base="1.3", config_path=str(find("conf")), config_name="config")(task)()
+    finally:
+        sys.argv = saved
+    return status
+
+
+def _plans(arguments: Sequence[str]) -> bool:
+    return any(a.lower() in ("plan=true", "plan=yes", "plan=on", "plan=1") for a in arguments)
+
+
+def _mistake(text: str, status: int = MISTAKE) -> int:
+    sys.stderr.write(f"error: {text}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
