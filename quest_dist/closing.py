@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from quest_dist.plan import Point
@@ -14,13 +16,18 @@ from quest_dist.table import Panel, Row, pivot
 
 
 def console() -> Console:
-    """Return a console on standard output; wide enough for a table where there is no terminal."""
-    found = Console(highlight=False, emoji=False)
-    return found if found.is_terminal else Console(highlight=False, emoji=False, width=120)
+    """Return a console on what is standard output now, whoever redirects it later.
+
+    It is wide enough for a table where there is no terminal.
+    """
+    found = Console(file=sys.stdout, highlight=False, emoji=False)
+    if not found.is_terminal:
+        found = Console(file=sys.stdout, highlight=False, emoji=False, width=120)
+    return found
 
 
 def results(rows: Sequence[Row], out: Console) -> None:
-    """Print one table a task: methods by budgets, scores with half their 95 % interval."""
+    """Print one table a task: methods by budgets, scores with their 95 % intervals."""
     for panel in pivot(rows):
         out.print()
         out.print(_panel(panel))
@@ -60,21 +67,19 @@ def failures(rows: Iterable[Row], out: Console) -> None:
     for row in rows:
         if row.status == "failed":
             budget = "" if row.budget is None else f" {row.budget}"
-            failed.setdefault(row.error, []).append(f"{row.task} {row.method}{budget} [{row.point}]")
+            failed.setdefault(row.error, []).append(
+                f"{row.task} {row.method}{budget} [{row.point}]"
+            )
     if failed:
         parts = (f"{', '.join(points)}: {error}" for error, points in failed.items())
         out.print(f"failed: {'; '.join(parts)}", style="red", markup=False, soft_wrap=True)
 
 
-def paths(files: Iterable[Path], tracking_uri: str | None, out: Console) -> None:
-    """Print where the results are and how to look at them."""
+def paths(files: Iterable[Path], look: Iterable[str], out: Console) -> None:
+    """Print where the results are, and what to run or open (`look`) to see them in MLflow."""
     out.print()
-    for path in files:
-        out.print(_short(path), markup=False, soft_wrap=True)
-    if tracking_uri:
-        uri = tracking_uri
-        command = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-        out.print(f"runs and curves: {command}", markup=False, soft_wrap=True)
+    for line in [*map(_short, files), *(text for text in look if text)]:
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def _panel(panel: Panel) -> Table:
@@ -86,13 +91,14 @@ def _panel(panel: Panel) -> Table:
     for budget in panel.budgets:
         table.add_column(str(budget), justify="right")
     for line in panel.lines:
-        cells = [_cell(line.flat)] if flat else []
-        cells += [_cell(line.by_budget.get(budget)) for budget in panel.budgets]
+        shown = [line.flat] if flat else []
+        shown += [line.by_budget.get(budget) for budget in panel.budgets]
+        cells = [escape(_cell(row)) for row in shown]
         table.add_row(line.label, *cells)
     counted = sorted({row.n for line in panel.lines for row in line.by_budget.values()})
     if counted:
         span = str(counted[0]) if len(counted) == 1 else f"{counted[0]} to {counted[-1]}"
-        table.caption = f"{span} samples; ± half the 95 % interval"
+        table.caption = f"{span} samples; \\[95 % interval]"
     return table
 
 
@@ -104,7 +110,7 @@ def _cell(row: Row | None) -> str:
     digits = 2 if row.metric == "perplexity" else 1
     text = f"{row.score:.{digits}f}"
     if not math.isnan(row.low):
-        text += f" ±{(row.high - row.low) / 2:.{digits}f}"
+        text += f" [{row.low:.{digits - 1}f}, {row.high:.{digits - 1}f}]"
     return text if row.status == "finished" else f"{text} ({row.n}/{row.n_expected})"
 
 

@@ -71,13 +71,12 @@ def fit(cluster: Cluster, memory_per_worker: int) -> Workers:
     number for cutting the work; the cluster's resources are what limits them).
     """
     check(cluster)
+    gpus = cluster.gpus_per_worker or 0.0
     if cluster.address is not None:
-        gpus = 0.0 if cluster.gpus_per_worker is None else cluster.gpus_per_worker
         return Workers(cluster.workers or 8, cluster.cpus_per_worker or 4, gpus)
     cpus, devices = available_cpus(), available_gpus()
-    gpus = cluster.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if devices else 0.0
+    if cluster.gpus_per_worker is None and devices:
+        gpus = 1.0
     if gpus > devices:
         raise ValueError(f"cluster.gpus_per_worker={gpus:g}: this machine has {devices} GPUs")
     if (cluster.cpus_per_worker or 1) > cpus:

@@ -93,7 +93,9 @@ def register(arguments: Sequence[str] = ()) -> None:
         try:
             node = OmegaConf.load(path)
         except Exception as error:
-            raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(
+                f"{path}: not readable as YAML: {' '.join(str(error).split())}"
+            ) from None
         store.store(
             group="sweep", name=name, node=node, package="_global_", provider=f"sweeps/{path.name}"
         )
@@ -121,6 +123,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
+def text(cfg: DictConfig) -> str:
+    """Return the configuration as YAML; environment variables stay names, so it holds no secret."""
+    return OmegaConf.to_yaml(cfg, resolve=False)
+
+
 def defaults() -> dict[str, Any]:
     """Return the configuration without overrides, unresolved; its keys are the valid names."""
     GlobalHydra.instance().clear()
@@ -128,6 +135,14 @@ def defaults() -> dict[str, Any]:
         container = OmegaConf.to_container(compose(config_name="config"), resolve=False)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the checked configuration that a command line with these overrides would run."""
+    register(overrides)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(find("conf"))):
+        return plain(compose(config_name="config", overrides=list(overrides)))
 
 
 def _extras(

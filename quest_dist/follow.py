@@ -1,27 +1,25 @@
 """Follow: keep a copy of the results (MLflow) up to date without holding up the sweep.
 
 The copy is made in a thread of its own, at most every few seconds and only after something
-finished. Whatever goes wrong there is a warning, said once: the ledger is the truth, and the copy
-can be made again by the same command.
+changed. The ledger is the truth; the copy can be made again by the same command.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
-from quest_dist.worker import describe
-
 EVERY = 5.0  # seconds between two copies, at least
+log = logging.getLogger(__name__)
 
 
 class Follower:
-    """Runs `copy` in the background after `notify`, and a last time in `finish`."""
+    """Calls `copy` in the background after `notify`."""
 
-    def __init__(self, copy: Callable[[], None], warn: Callable[[str], None]) -> None:
-        self._copy, self._warn = copy, warn
-        self._wanted, self._stop = threading.Event(), threading.Event()
-        self._warned = False
+    def __init__(self, copy: Callable[[], object]) -> None:
+        self._copy = copy
+        self._changed, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="follow", daemon=True)
 
     def start(self) -> None:
@@ -30,29 +28,22 @@ class Follower:
 
     def notify(self) -> None:
         """Say that there is something new."""
-        self._wanted.set()
+        self._changed.set()
 
-    def finish(self) -> None:
-        """Stop the thread and copy a last time, in the caller's."""
+    def stop(self) -> None:
+        """Stop after the copy that is being made, if one is."""
         self._stop.set()
-        self._wanted.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._try()
+        self._changed.set()
+        self._thread.join()
 
     def _loop(self) -> None:
-        while not self._stop.is_set():
-            self._wanted.wait()
-            self._wanted.clear()
+        while True:
+            self._changed.wait()
             if self._stop.is_set():
                 return
-            self._try()
+            self._changed.clear()
+            try:
+                self._copy()
+            except Exception as error:  # a copy that fails must not stop the sweep
+                log.warning("no copy was made: %s: %s", type(error).__name__, error)
             self._stop.wait(EVERY)
-
-    def _try(self) -> None:
-        try:
-            self._copy()
-        except Exception as error:
-            if not self._warned:
-                self._warned = True
-                self._warn(f"tracking failed, results are in the ledger all the same: {describe(error)}")

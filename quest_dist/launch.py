@@ -7,31 +7,34 @@ driver is the only writer; a lock on the output directory keeps a second one out
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from quest_dist import closing, cost, figures, schedule, stats, table
-from quest_dist.cluster import Workers, fit
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
-from quest_dist.plan import Point, Unit, units
+from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
 from quest_dist.progress import Progress, clock
+from quest_dist.provenance import Provenance
+from quest_dist.work import Work, nothing_done
 from quest_dist.worker import failed
 
+if TYPE_CHECKING:
+    from quest_dist.tracker import Tracker
+
 FINISHED, INCOMPLETE = 0, 1
-#: Units are cut to at least so many seconds, so that starting a worker is worth it.
-UNIT_SECONDS = 30.0
-#: Units a worker should get, so that the last ones end together.
-UNITS_PER_WORKER = 4
-SLICE_SECONDS = 900.0  # and never much longer than this, so that a lost worker loses little
 
 
 def run(
-    config: Mapping[str, Any], run_unit: str = schedule.WORKER, out: Console | None = None
+    config: Mapping[str, Any],
+    provenance: Provenance | None = None,
+    run_unit: str = schedule.WORKER,
+    out: Console | None = None,
 ) -> int:
     """Run (or plan) a composed configuration; return the exit status.
 
@@ -46,55 +49,13 @@ def run(
         ledger.add_points(sweep.points)
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
+        launched = provenance or Provenance()
+        tracker = _tracker(sweep, ledger, launched) if sweep.tracking["enabled"] else None
         finished = True
-        with _following(sweep, ledger, out) as follower:
+        with _following(sweep, ledger, tracker) as changed:
             if work.units:
-                finished = _run(sweep, ledger, work, follower, run_unit, out)
-            follower.notify()
-        return _close(sweep, ledger, finished, out)
-
-
-class Work:
-    """What is left to do, cut into units for the workers there are."""
-
-    def __init__(self, found: Sequence[Unit], workers: Workers, seconds: Callable[[Unit], float]) -> None:
-        self.units, self.workers, self.seconds = found, workers, seconds
-
-    @classmethod
-    def of(cls, sweep: Sweep, ledger: Ledger | None) -> Work:
-        """Cut what `ledger` lacks of a sweep (None: everything)."""
-        done = ledger.done if ledger is not None else _nothing
-        pace = ledger.pace if ledger is not None else _no_pace
-        whole = units(sweep.points, sweep.counts, done, lambda row: 10**9)
-        workers = fit(sweep.cluster, max((cost.worker_bytes(u.points) for u in whole), default=1))
-        gpu = workers.gpus > 0
-
-        def seconds(unit: Unit) -> float:
-            return cost.unit_seconds(unit, workers.cpus, gpu, pace)
-
-        target = sum(map(seconds, whole)) / (workers.count * UNITS_PER_WORKER)
-        target = min(max(target, UNIT_SECONDS), SLICE_SECONDS)
-
-        def size(row: tuple[Point, ...]) -> int:
-            if sweep.cluster.samples_per_unit is not None:
-                return sweep.cluster.samples_per_unit
-            return round(target / cost.sample_seconds(row, workers.cpus, gpu, pace)) or 1
-
-        found = units(sweep.points, sweep.counts, done, size, seconds)
-        count = max(1, min(workers.count, len(found)))
-        if sweep.cluster.cpus_per_worker is None and sweep.cluster.address is None:
-            # Fewer units than workers: the threads of the idle ones go to the others.
-            workers = Workers(count, workers.cpus * workers.count // count, workers.gpus)
-        else:
-            workers = Workers(count, workers.cpus, workers.gpus)
-        return cls(found, workers, seconds)
-
-    def wall(self) -> float:
-        """Return the estimated seconds until the last unit ends, loading of models left out."""
-        ends = [0.0] * self.workers.count
-        for unit in self.units:
-            ends[ends.index(min(ends))] += self.seconds(unit)
-        return max(ends)
+                finished = _run(sweep, ledger, work, changed, run_unit, out)
+        return _close(sweep, ledger, tracker, launched, finished, out)
 
 
 def _plan(sweep: Sweep, out: Console) -> int:
@@ -102,7 +63,7 @@ def _plan(sweep: Sweep, out: Console) -> int:
     with Ledger(path) if path.exists() else contextlib.nullcontext() as ledger:
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
-        closing.plan(sweep.points, sweep.counts, ledger.done if ledger else _nothing, out)
+        closing.plan(sweep.points, sweep.counts, ledger.done if ledger else nothing_done, out)
         memory = max((cost.worker_bytes(unit.points) for unit in work.units), default=0)
         measured = ledger is not None and any(
             ledger.pace(u.first.model.name, u.first.task.name) for u in work.units
@@ -118,7 +79,7 @@ def _plan(sweep: Sweep, out: Console) -> int:
 
 def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> None:
     pairs = sum(sweep.counts.values())
-    done = ledger.done if ledger is not None else _nothing
+    done = ledger.done if ledger is not None else nothing_done
     have = sum(len(done(p.key) & set(range(sweep.counts[p.key]))) for p in sweep.points)
     line = f"{sweep.name}: {len(sweep.points)} points, {pairs} records"
     if have:
@@ -128,7 +89,12 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
 
 
 def _run(
-    sweep: Sweep, ledger: Ledger, work: Work, follower: Follower, run_unit: str, out: Console
+    sweep: Sweep,
+    ledger: Ledger,
+    work: Work,
+    changed: Callable[[], None],
+    run_unit: str,
+    out: Console,
 ) -> bool:
     """Schedule the units; return False when interrupted."""
     workers = work.workers
@@ -137,12 +103,14 @@ def _run(
         resources += f" and {workers.gpus:g} GPU"
     where = "this process" if sweep.cluster.backend == "inline" else "Ray Tune"
     described = f"{where}, {resources}; {sweep.output_dir}"
-    with Progress(sweep.points, work.units, ledger.records, work.seconds, described, out) as progress:
+    with Progress(
+        sweep.points, work.units, ledger.records, work.seconds, described, out
+    ) as progress:
 
         def on_report(report: schedule.Report) -> None:
             ledger.add(report["records"])
             progress.report(report)
-            follower.notify()
+            changed()
 
         def on_failure(unit: Unit, message: str) -> None:
             ledger.add(
@@ -151,7 +119,7 @@ def _run(
                 for sample in unit.samples
             )
             progress.failure(unit, message)
-            follower.notify()
+            changed()
 
         storage = sweep.directory / "tune"
         return schedule.run(
@@ -160,55 +128,74 @@ def _run(
 
 
 @contextlib.contextmanager
-def _following(sweep: Sweep, ledger: Ledger, out: Console) -> Iterator[Follower]:
-    """A follower that copies the table to MLflow; it copies nothing where tracking is off."""
-
-    def warn(text: str) -> None:
-        sys.stderr.write(f"warning: {text}\n")
-
-    def copy() -> None:
-        if sweep.tracking["enabled"]:
-            _tracker(sweep, ledger).sync(_rows(sweep, ledger))
-
-    follower = Follower(copy, warn)
+def _following(
+    sweep: Sweep, ledger: Ledger, tracker: Tracker | None
+) -> Iterator[Callable[[], None]]:
+    """Copy the table to MLflow in the background; yields what says that it changed."""
+    if tracker is None:
+        yield lambda: None
+        return
+    follower = Follower(lambda: tracker.sync(_rows(sweep, ledger)))
     follower.start()
     try:
-        yield follower
+        yield follower.notify
     finally:
-        follower.finish()
+        follower.stop()
 
 
-def _close(sweep: Sweep, ledger: Ledger, finished: bool, out: Console) -> int:
+def _close(
+    sweep: Sweep,
+    ledger: Ledger,
+    tracker: Tracker | None,
+    provenance: Provenance,
+    finished: bool,
+    out: Console,
+) -> int:
     rows = _rows(sweep, ledger)
-    sweep.directory.mkdir(parents=True, exist_ok=True)
-    listing = sweep.directory / "points.csv"
-    listing.write_text(table.to_csv(rows), encoding="utf-8")
-    files = [listing]
-    for name in sweep.figures:
-        files += figures.draw(name, rows, sweep.directory)
+    files = _files(sweep, rows, provenance)
+    advice = stats.recommendation(rows)
     closing.results(rows, out)
-    for line in stats.recommendation(rows):
-        out.print(line, markup=False)
-    closing.paths(files, None, out)
+    out.print("\n".join(["", *advice]), markup=False, soft_wrap=True)
+    look: list[str] = []
+    if tracker is not None and tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice)):
+        look = [tracker.command(), tracker.url()]
+    closing.paths(files, look, out)
     closing.failures(rows, out)
     if not finished:
         out.print("interrupted; the same command again goes on from here", style="yellow")
     return FINISHED if ledger.complete(sweep.points, sweep.counts) else INCOMPLETE
 
 
+def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[Path]:
+    """Write the table and draw the figures; a date in a picture is that of its newest record."""
+    from quest_dist.figures.caption import Caption
+
+    sweep.directory.mkdir(parents=True, exist_ok=True)
+    listing = sweep.directory / "points.csv"
+    listing.write_text(table.to_csv(rows), encoding="utf-8")
+    newest = max((r.finished_at for r in rows if r.n), default=time.time())
+    caption = Caption(
+        hardware=provenance.hardware,
+        commit=provenance.source.get("commit", "")[:12],
+        date=time.strftime("%Y-%m-%d", time.gmtime(newest)),
+        command=provenance.command,
+    )
+    drawn = (figures.draw(name, rows, sweep.directory, caption) for name in sweep.figures)
+    return [listing, *(path for paths in drawn for path in paths)]
+
+
 def _rows(sweep: Sweep, ledger: Ledger) -> list[table.Row]:
     return table.rows(sweep.points, ledger, sweep.counts)
 
 
-def _tracker(sweep: Sweep, ledger: Ledger) -> Any:
-    from quest_dist import tracker
+def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:
+    from quest_dist import projection, tracker
 
-    return tracker.Tracker(sweep.tracking, ledger, sweep)
-
-
-def _nothing(key: str) -> set[int]:
-    return set()
-
-
-def _no_pace(model: str, task: str) -> tuple[float, float] | None:
-    return None
+    known = projection.Sweep(
+        name=sweep.name,
+        command=provenance.command,
+        config=provenance.config,
+        about=sweep.about,
+        source=provenance.source,
+    )
+    return tracker.Tracker(sweep.tracking, sweep.output_dir, known, ledger)

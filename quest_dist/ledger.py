@@ -96,7 +96,8 @@ class Ledger:
         A record whose (point, sample) is already finished is ignored. One with an `error` goes
         to the failures, unless the sample is finished.
         """
-        good, bad = [], []
+        good: list[tuple[Any, ...]] = []
+        bad: list[tuple[Any, ...]] = []
         for record in records:
             check_record(record)
             row = (record["point"], record["sample"], record["finished_at"], json.dumps(record))

@@ -26,7 +26,9 @@ def explain(error: Exception, defaults: Callable[[], Mapping[str, Any]]) -> str:
         return f"unknown {group} '{name}'; {did_you_mean(name, error.options)}"
     if isinstance(error, OverrideParseException):
         quoted = f"quote it in the shell, as in '{error.override}'"
-        return f"cannot read the override {error.override!r} ({_line(text.splitlines()[0])}); {quoted}"
+        return (
+            f"cannot read the override {error.override!r} ({_line(text.splitlines()[0])}); {quoted}"
+        )
     if found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
         return f"'{found[1]}=' needs a plus: +{found[1]}=NAME"
     if found := re.search(r"Could not override '([^']+)'", text):

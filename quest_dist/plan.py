@@ -11,130 +11,22 @@ Invariants:
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from quest_dist.spec import Spec, canonical, digest, with_content
 from quest_dist.suggest import did_you_mean
 
-#: Settings that only say how a thing is shown or scheduled; they never reach a constructor.
-PRESENTATION = frozenset({"label", "title", "color", "marker", "budgeted", "shape", "about"})
-#: Settings that say how much is measured; records are kept by sample, so they name nothing.
-QUANTITY = frozenset({"samples"})
+__all__ = ["Point", "Spec", "Unit", "canonical", "digest", "points", "units", "with_content"]
+
 #: Raised when the meaning of a point changes without its settings changing.
 IDENTITY_VERSION = 1
 #: Lists of the grid, outermost loop first.
 AXES = ("model", "task", "method", "budget", "page_size", "dense_layers", "seed")
-_TARGET_PREFIX = "quest_dist."
-
-
-def canonical(value: Any) -> str:
-    """Return the one JSON text of a plain value: sorted keys, whole floats written as integers."""
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def digest(value: Any) -> str:
-    """Return the first 16 hexadecimal digits of the sha256 of a value's canonical JSON."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A named, configured thing: a model, task, method, data source or protocol.
-
-    `settings` is plain JSON and may carry `_target_`, the class that `build` calls.
-    `content` replaces the settings in a point's identity where settings hold paths (a data
-    folder goes by the digest of its files); None means the settings themselves.
-    """
-
-    name: str
-    settings: Mapping[str, Any]
-    content: Mapping[str, Any] | None = None
-
-    @property
-    def label(self) -> str:
-        """The name that figures and tables print."""
-        return str(self.settings.get("label", self.name))
-
-    @property
-    def budgeted(self) -> bool:
-        """Whether a token budget means anything to this method (False for full attention)."""
-        return bool(self.settings.get("budgeted", True))
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What of this spec can change a score."""
-        source = self.settings if self.content is None else self.content
-        return {k: v for k, v in source.items() if k not in PRESENTATION | QUANTITY}
-
-    def canonical(self) -> str:
-        """Return name and identity as one text; equal texts mean equal behaviour."""
-        return canonical({"name": self.name, **self.identity})
-
-    def target(self) -> Callable[..., Any]:
-        """Import and return the class or function that `_target_` names.
-
-        Raises ValueError when there is no target or it lies outside quest_dist.
-        """
-        path = str(self.settings.get("_target_", ""))
-        if not path.startswith(_TARGET_PREFIX):
-            raise ValueError(
-                f"{self.name}: _target_ must start with '{_TARGET_PREFIX}', got '{path}'"
-            )
-        module_name, _, attribute = path.rpartition(".")
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name and module_name.startswith(error.name):
-                raise ValueError(f"{self.name}: _target_ names no module: '{path}'") from error
-            raise
-        found = getattr(module, attribute, None)
-        if not callable(found):
-            hint = did_you_mean(attribute, (n for n in vars(module) if not n.startswith("_")))
-            raise ValueError(f"{self.name}: no '{attribute}' in {module_name}; {hint}")
-        return found  # type: ignore[no-any-return]
-
-    def build(self, **extra: Any) -> Any:
-        """Call the target with the settings (less presentation keys) and `extra`.
-
-        Raises ValueError for a setting the target does not take, with the nearest that it does.
-        """
-        target = self.target()
-        settings = {k: v for k, v in self.settings.items() if k not in PRESENTATION}
-        settings.pop("_target_", None)
-        parameters = inspect.signature(target).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            valid = [n for n in parameters if n not in extra and n != "self"]
-            for key in settings:
-                if key not in valid:
-                    hint = did_you_mean(key, valid)
-                    raise ValueError(f"{self.name}.{key}: no such setting; {hint}")
-            absent = [
-                n
-                for n in valid
-                if n not in settings
-                and parameters[n].default is inspect.Parameter.empty
-                and parameters[n].kind is not inspect.Parameter.VAR_POSITIONAL
-            ]
-            if absent:
-                raise ValueError(f"{self.name}.{absent[0]}: this setting is required and not set")
-        return target(**settings, **extra)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the spec as plain JSON."""
-        content = None if self.content is None else dict(self.content)
-        return {"name": self.name, "settings": dict(self.settings), "content": content}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Spec:
-        """Return the spec that `to_dict` wrote."""
-        return cls(data["name"], data["settings"], data.get("content"))
 
 
 @dataclass(frozen=True)
@@ -336,11 +228,6 @@ def check_grid(grid: Mapping[str, Sequence[Any]], specs: Mapping[str, Mapping[st
                     )
 
 
-def with_content(spec: Spec, content: Mapping[str, Any]) -> Spec:
-    """Return the spec with `content` as what its identity holds."""
-    return replace(spec, content=json.loads(canonical(content)))
-
-
 def _rule(
     rule: Mapping[str, Any], specs: Mapping[str, Mapping[str, Spec]]
 ) -> dict[str, tuple[Any, ...]]:
@@ -364,13 +251,3 @@ def _even(samples: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
     parts = -(-len(samples) // size)
     for i in range(parts):
         yield tuple(samples[len(samples) * i // parts : len(samples) * (i + 1) // parts])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value

@@ -55,6 +55,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     resources = Cluster(**config["cluster"])
     cluster.check(resources)
     specs = {group: specs_of(config[group], group) for group in _CHOSEN}
+    _check_chosen(config)
     plan.check_grid(grid, specs)
     _check_models(specs["model"], grid["model"])
     for name in grid["model"]:
@@ -87,6 +88,20 @@ def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
                 f" 'grid.{group}=[NAME]'"
             )
     return {name: Spec(name, settings) for name, settings in options.items()}
+
+
+def _check_chosen(config: Mapping[str, Any]) -> None:
+    """Explain an empty grid, and `model=NAME` where `grid.model=[NAME]` was meant."""
+    grid = config["grid"]
+    if not any(grid[group] for group in (*_CHOSEN, "budget")):
+        raise ValueError("no sweep: add +sweep=NAME, or fill grid.model, task, method and budget")
+    for group in _CHOSEN:
+        options = list(config[group])
+        if len(options) == 1 and set(grid[group]) - set(options):
+            raise ValueError(
+                f"grid.{group}={grid[group]}, but {group}={options[0]} loads no other {group};"
+                f" to choose, give 'grid.{group}=[{options[0]}]' instead"
+            )
 
 
 def _named(settings: Mapping[str, Any], group: str) -> Spec:

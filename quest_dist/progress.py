@@ -47,7 +47,9 @@ class Progress:
             place = _place(unit.first)
             self._total[place] = self._total.get(place, 0) + len(unit.samples)
         # Work is weighed by estimate, so that long and short tasks share one clock.
-        self._weight = {p.key: seconds(u) / (len(u.points) * len(u.samples)) for u in units for p in u.points}
+        self._weight = {
+            p.key: seconds(u) / (len(u.points) * len(u.samples)) for u in units for p in u.points
+        }
         self._work = sum(seconds(unit) for unit in units)
         self._worked = 0.0
         self._failed = 0
@@ -56,7 +58,10 @@ class Progress:
         self._shown: str | None = None
         self._live: Live | None = None
         self._bars = Bars(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("samples")
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("samples"),
         )
         self._bar = {place: self._bars.add_task(place, total=n) for place, n in self._total.items()}
 
@@ -106,7 +111,9 @@ class Progress:
         if self._live is None and (now - self._line >= LINE_EVERY or finished):
             self._line = now
             where = place if index is None else f"{place} sample {index}"
-            self.console.print(f"{self._status()}; {where}; {self._line_of_means(place)}", highlight=False)
+            self.console.print(
+                f"{self._status()}; {where}; {self._line_of_means(place)}", highlight=False
+            )
 
     def _status(self) -> str:
         done, total = sum(self._done.values()), sum(self._total.values())

@@ -6,8 +6,8 @@ times are the records' own. Three kinds of runs, all of one sweep:
            that grows keeps its history and shows its latest value.
     curve  one method under one model, data and protocol, over all its tasks and budgets, at the top
            level. Metrics are called <what>/<task> and logged at step = budget, so the charts of the
-           runs page are score against budget, a line a method, without set-up. Full has no budget:
-           its value stands at each.
+           runs page are score against budget, a line a method, without set-up. (They are sorted by
+           name: score comes first.) Full has no budget: its value stands at each.
     sweep  one sweep: progress, figures, tables, configuration and what follows from them.
 """
 
@@ -22,15 +22,8 @@ from quest_dist import plan
 from quest_dist.table import Record, Row
 
 LONGEST_TEXT = 500  # MLflow takes 6000 of a parameter; a person reads less
-SAMPLE_COLUMNS = (
-    "sample",
-    "score",
-    "prediction",
-    "reference",
-    "attended",
-    "context_tokens",
-    "new_tokens",
-    "seconds",
+SAMPLE_COLUMNS = tuple(
+    "sample score prediction reference attended context_tokens new_tokens seconds".split()
 )
 
 
@@ -146,10 +139,11 @@ def curve_runs(rows: Sequence[Row]) -> list[Run]:
             grouped.setdefault(curve_key(row), []).append(row)
     pages = len({row.page_size for row in rows if row.budget is not None}) > 1
     dense = len({row.dense_layers for row in rows if row.budget is not None}) > 1
+    models = len({row.model for row in rows}) > 1
     runs = []
     for key, members in grouped.items():
         first = members[0]
-        name = f"{first.label} · {first.model_label}"
+        name = first.label + (f" · {first.model_label}" if models else "")
         if first.budget is not None:
             name += f" · page {first.page_size}" if pages else ""
             name += f" · {first.dense_layers} dense" if dense else ""
@@ -161,7 +155,7 @@ def curve_runs(rows: Sequence[Row]) -> list[Run]:
                 key=key,
                 name=name,
                 status="FAILED" if any(row.status == "failed" for row in members) else "FINISHED",
-                started=min(times),
+                started=min(at - _ms(row.seconds) for at, row in zip(times, members, strict=True)),
                 ended=max(times),
                 metrics=tuple(
                     m for row in members if row.status == "finished" for m in _dots(row, rows)
@@ -219,11 +213,11 @@ def _dots(row: Row, rows: Iterable[Row]) -> list[tuple[str, float, int, int]]:
         budgets = list(dict.fromkeys(r.budget for r in beside if r.budget is not None)) or [0]
     found = {
         "score": row.score,
-        "score_low": row.low,
         "score_high": row.high,
-        "delta_full": row.delta,
-        "attended": row.attended,
-        "read": row.read,
+        "score_low": row.low,
+        "tokens_attended": row.attended,
+        "tokens_read": row.read,
+        "versus_full": row.delta,
     }
     known = {name: value for name, value in found.items() if not math.isnan(value)}
     at = _ms(row.finished_at)

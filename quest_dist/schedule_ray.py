@@ -21,8 +21,8 @@ from typing import Any
 
 from quest_dist.cluster import Cluster, Workers
 from quest_dist.plan import Unit
-from quest_dist.schedule import Round, by_model, can_retry, describe, resolve
-from quest_dist.worker import Runtime
+from quest_dist.schedule import Round, by_model, can_retry, resolve
+from quest_dist.worker import Runtime, describe
 
 # Read by Ray when it is imported: no telemetry, no per-trial log files, no change of directory.
 _SETTINGS = {
@@ -62,7 +62,7 @@ class Tuned:
             else:
                 self._attach(self.cluster.address)
         try:
-            check_fits(self.workers, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+            check_fits(self.workers, _nodes())
         except ValueError:
             self.__exit__()
             raise
@@ -82,7 +82,7 @@ class Tuned:
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             namespace="quest_dist",
         )
 
@@ -93,7 +93,7 @@ class Tuned:
             ray.init(
                 address=address,
                 log_to_driver=False,
-                logging_level="error",
+                logging_level=logging.ERROR,
                 namespace="quest_dist",
                 runtime_env={"env_vars": env},
             )
@@ -181,7 +181,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
             raise  # a fresh process for whatever comes next
 
 
-class Delivery(tune.Callback):  # type: ignore[misc]
+class Delivery(tune.Callback):
     """Hands what trials report to the round. Tune pickles callbacks; a round stays here."""
 
     def __init__(self, current: Round | None = None) -> None:
@@ -209,7 +209,7 @@ class Delivery(tune.Callback):  # type: ignore[misc]
             self.current.broken.setdefault(key, ("the worker process died (out of memory?)", True))
 
 
-class Quiet(TrialProgressCallback):  # type: ignore[misc]
+class Quiet(TrialProgressCallback):
     """Stands in for the callback that Tune would add to print a line a trial."""
 
     def _print(self, msg: str) -> None:
@@ -219,7 +219,7 @@ class Quiet(TrialProgressCallback):  # type: ignore[misc]
         """Print nothing."""
 
 
-class Halt(tune.Stopper):  # type: ignore[misc]
+class Halt(tune.Stopper):
     """Ends the round when the driver could not take a report (a full disk, for example)."""
 
     def __init__(self, current: Round | None = None) -> None:
@@ -236,6 +236,11 @@ class Halt(tune.Stopper):  # type: ignore[misc]
         return self.current is not None and self.current.error is not None
 
 
+def _nodes() -> list[dict[str, float]]:
+    """The resources of every living node."""
+    return [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def check_fits(workers: Workers, nodes: Sequence[Mapping[str, float]]) -> None:
     """Raise ValueError when no node can ever hold one worker; Ray would wait for ever."""
     wanted = {"CPU": float(workers.cpus), "GPU": workers.gpus}
@@ -245,6 +250,7 @@ def check_fits(workers: Workers, nodes: Sequence[Mapping[str, float]]) -> None:
         f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}s" for name in wanted
     )
     raise ValueError(
-        f"cluster: a worker needs {workers.cpus} CPUs and {workers.gpus:g} GPUs on one node; the"
-        f" largest of {len(nodes)} nodes have {largest} (see cluster.cpus_per_worker, gpus_per_worker)"
+        f"cluster: a worker needs {workers.cpus} CPUs and {workers.gpus:g} GPUs on one node;"
+        f" the largest of {len(nodes)} nodes have {largest};"
+        " set cluster.cpus_per_worker and cluster.gpus_per_worker"
     )

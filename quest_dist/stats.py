@@ -108,15 +108,15 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def loss(row: Row) -> tuple[float, float]:
-    """How much worse than full a row is: (estimate, worst case of its interval).
+def loss(row: Row) -> tuple[float, float, float]:
+    """How much worse than full a row is: (best case of its interval, estimate, worst case).
 
     Positive is worse. In points of the score; for perplexity in percent of full's perplexity.
     """
     if row.metric in LOWER_IS_BETTER:
         full = row.score - row.delta
-        return 100 * row.delta / full, 100 * row.delta_high / full
-    return -row.delta, -row.delta_low
+        return 100 * row.delta_low / full, 100 * row.delta / full, 100 * row.delta_high / full
+    return -row.delta_high, -row.delta, -row.delta_low
 
 
 def smallest_lossless_budget(rows: Iterable[Row], delta: float) -> int | None:
@@ -129,7 +129,7 @@ def smallest_lossless_budget(rows: Iterable[Row], delta: float) -> int | None:
     curve = sorted((row for row in rows if row.budget is not None), key=lambda row: row.budget or 0)
     found: int | None = None
     for row in reversed(curve):
-        estimate, worst = loss(row)
+        _, estimate, worst = loss(row)
         if estimate >= delta:
             break
         if worst < delta:
@@ -161,10 +161,10 @@ def _verdict(curve: Sequence[Row], delta: float, unit: str) -> str:
     budget = smallest_lossless_budget(curve, delta)
     if budget is not None:
         return f"lossless from {budget} (delta {delta:g}{unit}, {n})"
-    best = min((row for row in curve if row.pairs), key=lambda row: (loss(row)[0], row.budget))
+    best = min((row for row in curve if row.pairs), key=lambda row: (loss(row)[1], row.budget))
     if math.isnan(best.delta_low):
         return f"not resolved with {n}"
-    if loss(best)[0] >= delta:
+    if all(loss(row)[0] >= delta for row in curve if row.pairs):
         return f"loses more than {delta:g}{unit} at every budget measured ({n})"
     seen = f"{best.delta:+.1f} [{best.delta_low:+.1f}, {best.delta_high:+.1f}] at {best.budget}"
     return f"not resolved with {n} (delta {delta:g}{unit}; nearest to full: {seen})"

@@ -58,12 +58,18 @@ def _hydra(arguments: list[str]) -> int:
         )
     compose.register(arguments)
     status = FINISHED
+    mistake: ValueError | None = None
 
     def task(cfg: DictConfig) -> None:
-        nonlocal status
+        nonlocal status, mistake
         from quest_dist import launch
+        from quest_dist.provenance import Provenance
 
-        status = launch.run(compose.plain(cfg))
+        try:
+            provenance = Provenance.here(arguments, compose.text(cfg))
+            status = launch.run(compose.plain(cfg), provenance)
+        except ValueError as error:  # kept from Hydra, which would add words of its own
+            mistake = error
 
     # A plan writes nothing, not even Hydra's record of the launch.
     extra = ["hydra.run.dir=.", "hydra.output_subdir=null"] if _plans(arguments) else []
@@ -74,6 +80,8 @@ def _hydra(arguments: list[str]) -> int:
         hydra.main(version_base="1.3", config_path=str(find("conf")), config_name="config")(task)()
     finally:
         sys.argv = saved
+    if mistake is not None:
+        raise mistake
     return status
 
 

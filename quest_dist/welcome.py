@@ -20,7 +20,7 @@ def text(sweeps: Mapping[str, Path]) -> str:
     listed = "\n".join(f"  +sweep={name:<{width}}  {headline(p)}" for name, p in sweeps.items())
     folder = os.path.commonpath([*map(str, sweeps.values())]) if sweeps else ""
     folder = str(Path(folder).parent if folder.endswith(".yaml") else folder)
-    return f"""quest_dist.sweep runs KV-cache methods over a grid of models, tasks and token budgets.
+    return f"""quest_dist.sweep runs KV-cache methods over a grid of models, tasks and budgets.
 
 Sweeps ({folder}):
 {listed}

@@ -10,10 +10,10 @@ from quest_dist.plan import Point, Spec, Unit
 PROTOCOL = Spec("quest_paper", {"tail": "question"})
 
 
-def specs(**task: Any) -> dict[str, dict[str, Spec]]:
+def specs() -> dict[str, dict[str, Spec]]:
     return {
         "model": {n: Spec(n, {"weights": n}) for n in ("small", "large")},
-        "task": {n: Spec(n, {"dataset": n, **task}) for n in ("qasper", "hotpotqa")},
+        "task": {n: Spec(n, {"dataset": n}) for n in ("qasper", "hotpotqa")},
         "method": {
             "full": Spec("full", {"label": "Full", "budgeted": False}),
             "quest": Spec("quest", {"label": "Quest", "radius_scale": 1.0}),
@@ -35,8 +35,8 @@ def grid(**lists: Any) -> dict[str, list[Any]]:
     return base | lists
 
 
-def points(task: dict[str, Any] | None = None, **lists: Any) -> list[Point]:
-    known = specs(**(task or {}))
+def points(**lists: Any) -> list[Point]:
+    known = specs()
     data = {name: Spec("generated", {"digest": name}) for name in known["task"]}
     return plan.points(grid(**lists), [], known, data, PROTOCOL)
 

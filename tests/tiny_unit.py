@@ -1,7 +1,8 @@
-"""A real unit of work that needs no model: arithmetic on the point's settings, in milliseconds.
+"""A real unit of work that needs no model: arithmetic on a point's settings, in milliseconds.
 
-`run` has the signature of `quest_dist.worker.run`. Environment variables of a test slow it down,
-make it fail or kill its process at one sample.
+`run` has the signature of `quest_dist.worker.run`. The environment slows it down (TINY_SECONDS), logs
+each sample it starts (TINY_LOG), or breaks it: TINY_KILL_AT and TINY_RAISE_AT name a sample,
+TINY_ERROR_AT a sample whose records carry an error, TINY_REFUSE refuses the whole unit.
 """
 
 from __future__ import annotations
@@ -13,42 +14,38 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from quest_dist.plan import Unit
+from quest_dist.plan import Point, Unit
 
 
 def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     work = Unit.from_dict(unit)
-    settings = work.first.task.settings
-    pids = settings.get("log")
+    if os.environ.get("TINY_REFUSE"):
+        raise ValueError("refused on purpose")
     for index in work.samples:
-        if settings.get("die_at") == index:
+        if log := os.environ.get("TINY_LOG"):
+            with Path(log).open("a") as file:
+                file.write(f"{work.first.task.name} {index} {len(work.points)} {os.getpid()}\n")
+        if os.environ.get("TINY_KILL_AT") == str(index):
             os.kill(os.getpid(), signal.SIGKILL)
-        if settings.get("raise_at") == index:
+        if os.environ.get("TINY_RAISE_AT") == str(index):
             raise RuntimeError("broken on purpose")
-        if settings.get("refuse"):
-            raise ValueError("settings refused on purpose")
-        time.sleep(float(settings.get("seconds", 0.0)))
-        if pids:
-            with Path(pids).open("a") as file:
-                file.write(f"{os.getpid()} {work.first.model.name} {index}\n")
-        yield {
-            "unit": work.key,
-            "sample": index,
-            "records": [record(point, index) for point in work.points],
-        }
+        time.sleep(float(os.environ.get("TINY_SECONDS", "0")))
+        error = "ValueError: wrong" if os.environ.get("TINY_ERROR_AT") == str(index) else None
+        records = [record(point, index, error) for point in work.points]
+        yield {"unit": work.key, "sample": index, "records": records}
 
 
-def record(point: Any, index: int, error: str | None = None) -> dict[str, Any]:
-    budget = point.budget or 4096
+def record(point: Point, index: int, error: str | None = None) -> dict[str, Any]:
+    budget = float(point.budget or 4096)
     return {
         "point": point.key,
         "sample": index,
-        "score": None if error else float((budget * 7 + index * 13 + point.seed) % 101),
+        "score": None if error else (budget * 7 + index * 13 + point.seed) % 101,
         "prediction": f"answer {index}",
         "reference": "answer",
-        "attended": float(budget),
-        "planned": float(budget),
-        "read": float(budget),
+        "attended": budget,
+        "planned": budget,
+        "read": budget,
         "context_tokens": 4096,
         "tail_tokens": 8,
         "new_tokens": 4,
@@ -60,3 +57,9 @@ def record(point: Any, index: int, error: str | None = None) -> dict[str, Any]:
         "metric": "accuracy",
         "metrics": {},
     }
+
+
+def started(log: Path) -> list[tuple[str, int, int]]:
+    """What TINY_LOG holds: (task, sample, points) in the order of starting."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [(t, int(i), int(n)) for t, i, n, _ in (line.split() for line in lines)]

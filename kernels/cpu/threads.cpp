@@ -6,6 +6,7 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifndef _WIN32
@@ -44,7 +45,7 @@ class ThreadPool {
       places_ = 0;
     }
     while (joined_.load(std::memory_order_acquire) > 0) std::this_thread::yield();
-    if (error_) std::rethrow_exception(error_);
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:

@@ -47,7 +47,7 @@ def depths(rng: random.Random, count: int) -> tuple[float, ...]:
 
 def qasper(rng: random.Random) -> Made:
     """A method section names the corpus."""
-    name = words.place_name(rng)
+    name = words.place_names(rng, 1)[0]
     return Made(
         facts=[f"All experiments of this paper were run on the corpus called {name}."],
         depths=depths(rng, 1),
@@ -59,7 +59,7 @@ def qasper(rng: random.Random) -> Made:
 def hotpotqa(rng: random.Random) -> Made:
     """Two hops: a person's town, and what that town has."""
     first = rng.choice(words.FIRST_NAMES)
-    here = words.place_name(rng)
+    here = words.place_names(rng, 1)[0]
     one = words.thing(rng)
     facts = [f"{first} lives in {here}.", f"{here} has a {one}."]
     rng.shuffle(facts)
@@ -73,7 +73,7 @@ def hotpotqa(rng: random.Random) -> Made:
 
 def gov_report(rng: random.Random) -> Made:
     """Three findings."""
-    a, b, c = (f"{words.place_name(rng)}, {words.thing(rng)}, {rng.choice(words.FIRST_NAMES)}." for _ in range(3))
+    a, b, c = (f"{words.place_names(rng, 1)[0]}, {words.thing(rng)}, {rng.choice(words.FIRST_NAMES)}." for _ in range(3))
     facts = [
         f"Finding one: {a}",
         f"Finding two: {b}",
@@ -84,7 +84,7 @@ def gov_report(rng: random.Random) -> Made:
 
 def triviaqa(rng: random.Random) -> Made:
     """A fact after worked examples."""
-    name, what = words.place_name(rng), words.creature(rng)
+    name, what = words.place_names(rng, 1)[0], words.creature(rng)
     return Made(
         facts=[f"The flag of {name} shows a {what}."],
         depths=depths(rng, 1),
@@ -116,7 +116,7 @@ def narrativeqa(rng: random.Random) -> Made:
 
 def multifieldqa_en(rng: random.Random) -> Made:
     """An entry of a mixed document."""
-    name, place = rng.choice(words.FIRST_NAMES), words.place_name(rng)
+    name, place = rng.choice(words.FIRST_NAMES), words.place_names(rng, 1)[0]
     return Made(
         facts=[f"NOTICE: The next meeting with {name} takes place in {place}."],
         depths=depths(rng, 1),

@@ -31,9 +31,10 @@ _STARTS = "Bal Bren Cal Cor Dal Dor Fal Fen Gal Gor Hal Har Kal Kel Lan Lor Mal 
 _ENDS = "bridge brook bury dale den field ford gate ham haven hill holm hurst land ley mere mont mouth port ridge shore stead stone ton vale view ville ward wick wood".split()
 
 
-def place_name(rng: random.Random) -> str:
-    """Return an invented place or family name, one of about nine hundred."""
-    return rng.choice(_STARTS) + rng.choice(_ENDS)
+def place_names(rng: random.Random, count: int) -> list[str]:
+    """Return invented place names out of about nine hundred, alike in neither beginning nor end."""
+    pairs = zip(rng.sample(_STARTS, count), rng.sample(_ENDS, count), strict=True)
+    return [start + end for start, end in pairs]
 
 
 def thing(rng: random.Random) -> str:

@@ -1,0 +1,193 @@
+"""Runs in an MLflow store: written so that they become what `projection` describes.
+
+The only file that imports mlflow. Its state lives in the store itself: a run carries the key of
+what it shows and, written last, the digest of what was logged. So a crash between any two calls, a
+deleted database or another server are one case: whatever is missing is written, nothing twice.
+
+Invariants: at most one live run a (kind, key) of this sweep and origin; a run that carries the
+digest of its description holds all of it; runs of others are never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quest_dist.projection import Dataset, Run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+BATCH = 900  # metrics in one request; MLflow takes 1000
+LONGEST_TAG = 5000  # characters; older servers take no more
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # 7 would hold the sweep for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+ABOUT = (
+    "KV-cache methods by token budget. Curves are at the top level (in their charts, step is the "
+    "budget), points are their children, and a sweep's own run holds its figures."
+)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client that neither waits long, nor chats, nor reports usage."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+@dataclass
+class Seen:
+    """What the store is known to hold of a run."""
+
+    run_id: str
+    digest: str = ""
+    status: str = ""
+    curve: str = ""
+    parent: str = ""
+
+
+class Store:
+    """The runs of one sweep and origin in one experiment. `tags` go on every run."""
+
+    def __init__(
+        self, client: MlflowClient, experiment: str, artifacts: Path | None, tags: Mapping[str, str]
+    ) -> None:
+        self.client, self.tags = client, dict(tags)
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            self.experiment_id = str(found.experiment_id)
+        else:
+            self.experiment_id = client.create_experiment(
+                experiment,
+                artifact_location=artifacts.as_uri() if artifacts else None,
+                tags={
+                    "mlflow.note.content": ABOUT,
+                    "mlflow.experimentKind": "custom_model_development",
+                },
+            )
+        self._known: dict[tuple[str, str], Seen] = {}
+        mine = [f"tags.`{name}` = '{self.tags[name]}'" for name in ("quest.origin", "quest.sweep")]
+        page: str | None = ""
+        while page is not None:
+            runs = client.search_runs(
+                [self.experiment_id], " and ".join(mine), max_results=1000, page_token=page or None
+            )
+            for run in runs:
+                tagged = run.data.tags
+                name = (tagged.get("quest.kind", ""), tagged.get("quest.key", ""))
+                seen = Seen(run.info.run_id, tagged.get("quest.digest", ""), run.info.status)
+                seen.curve = tagged.get("quest.curve", "")
+                seen.parent = tagged.get("mlflow.parentRunId", "")
+                self._known.setdefault(name, seen)
+            page = runs.token or None
+
+    def put(self, run: Run) -> str:
+        """Make the store show a run, whatever of it is there already; return its id."""
+        name = (run.kind, run.key)
+        seen = self._known.get(name)
+        if seen is None:
+            seen = self._known[name] = Seen(self._create(run))
+        if seen.digest != run.digest:
+            self._write(seen.run_id, run)
+        elif seen.status == run.status:
+            return seen.run_id
+        self._close(seen.run_id, run)
+        tags = self._tags(run)
+        parent, curve = tags.get("mlflow.parentRunId", ""), tags.get("quest.curve", "")
+        self._known[name] = Seen(seen.run_id, run.digest, run.status, curve, parent)
+        return seen.run_id
+
+    def put_curve(self, run: Run) -> None:
+        """As `put`; but a dot that moved (its point has more samples) makes a new run.
+
+        MLflow cannot take a value back, and both would stand in the chart, so the old run is
+        deleted (which MLflow can undo); `gather` gives its children to the new one.
+        """
+        seen = self._known.get((run.kind, run.key))
+        if seen is not None and seen.digest != run.digest:
+            logged = {
+                (name, metric.step): metric.value
+                for name in self.client.get_run(seen.run_id).data.metrics
+                for metric in self.client.get_metric_history(seen.run_id, name)
+            }
+            if any(
+                logged.get((name, step), value) != value for name, value, step, _ in run.metrics
+            ):
+                self.client.delete_run(seen.run_id)
+                del self._known[run.kind, run.key]
+        self.put(run)
+
+    def gather(self) -> None:
+        """Give points whose curve's run is gone, or came later, to the run it has now."""
+        for seen in self._known.values():
+            parent = self._known.get(("curve", seen.curve))
+            if parent is not None and seen.parent != parent.run_id:
+                self.client.set_tag(seen.run_id, "mlflow.parentRunId", parent.run_id)
+                seen.parent = parent.run_id
+
+    def _create(self, run: Run) -> str:
+        created = self.client.create_run(
+            self.experiment_id, start_time=run.started, tags=self._tags(run), run_name=run.name
+        )
+        return str(created.info.run_id)
+
+    def _write(self, run_id: str, run: Run) -> None:
+        """Artifacts, then values, then (MLflow writes tags last) the digest that says it is all."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        if run.dataset is not None:
+            self.client.log_inputs(run_id, datasets=[_input(run.dataset)])
+        if run.samples is not None:
+            text = json.dumps(run.samples, ensure_ascii=False)
+            self.client.log_text(run_id, text, "samples.json")
+        metrics = [Metric(name, value, at, step) for name, value, step, at in run.metrics]
+        while len(metrics) > BATCH:
+            self.client.log_batch(run_id, metrics=metrics[:BATCH])
+            metrics = metrics[BATCH:]
+        params = [Param(name, value) for name, value in run.params.items()]
+        tags = {**self._tags(run), "quest.digest": run.digest}
+        self.client.log_batch(run_id, metrics, params, [RunTag(k, v) for k, v in tags.items()])
+
+    def _close(self, run_id: str, run: Run) -> None:
+        if run.status == "RUNNING":
+            self.client.update_run(run_id, status="RUNNING")
+        else:
+            self.client.set_terminated(run_id, run.status, end_time=run.ended)
+
+    def _tags(self, run: Run) -> dict[str, str]:
+        tags = {
+            **self.tags,
+            **run.tags,
+            "mlflow.runName": run.name,
+            "quest.kind": run.kind,
+            "quest.key": run.key,
+        }
+        if run.samples is not None:
+            shown = [{"path": "samples.json", "type": "table"}]
+            tags["mlflow.loggedArtifacts"] = json.dumps(shown)
+        if run.parent:
+            tags["quest.curve"] = run.parent
+        if ("curve", run.parent) in self._known:
+            tags["mlflow.parentRunId"] = self._known["curve", run.parent].run_id
+        return {name: value[:LONGEST_TAG] for name, value in tags.items()}
+
+
+def _input(dataset: Dataset) -> Any:
+    from mlflow.entities import Dataset as Entity
+    from mlflow.entities import DatasetInput, InputTag
+
+    source = json.dumps({"data": dataset.source})
+    entity = Entity(dataset.name, dataset.digest, "local", source)
+    return DatasetInput(entity, [InputTag("mlflow.data.context", "eval")])

@@ -1,0 +1,79 @@
+"""Provenance: what launched a sweep, on what, from which commit; said in figures and in MLflow."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quest_dist.cluster import available_cpus
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The command, the composed configuration (YAML, unresolved), git facts and the hardware."""
+
+    command: str = ""
+    config: str = ""
+    source: dict[str, str] = field(default_factory=dict)
+    hardware: str = ""
+
+    @classmethod
+    def here(cls, arguments: Sequence[str], config: str) -> Provenance:
+        """Return what is true of this process and machine."""
+        command = shlex.join(["python", "-m", "quest_dist.sweep", *arguments])
+        return cls(command, config, git(), hardware())
+
+
+def git() -> dict[str, str]:
+    """Return commit, branch and repoURL of the checkout this package runs from, else nothing.
+
+    A commit with uncommitted changes ends in '+'.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {}
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit and _git(root, "status", "--porcelain", "--untracked-files=no"):
+        commit += "+"
+    found = {
+        "commit": commit,
+        "branch": _git(root, "rev-parse", "--abbrev-ref", "HEAD"),
+        # A remote's address may carry a password.
+        "repoURL": re.sub(r"//[^/@]*@", "//", _git(root, "config", "--get", "remote.origin.url")),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def hardware() -> str:
+    """Return the CPU's name and how many of its cores this process may use."""
+    cpu = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
+        cpu = found[1].strip() if found else cpu
+    names = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = [m[1].strip() for p in names if (m := re.search(r"Model:\s*(.+)", _read(str(p))))]
+    gpus = f", {len(models)} x {models[0]}" if models else ""
+    return f"{cpu}, {available_cpus()} cores{gpus}"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

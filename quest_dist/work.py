@@ -1,0 +1,72 @@
+"""Work: what a sweep still lacks, cut into units for the workers that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from quest_dist import cost
+from quest_dist.cluster import Workers, fit
+from quest_dist.ledger import Ledger
+from quest_dist.plan import Point, Unit, units
+from quest_dist.prepare import Sweep
+
+#: Units are cut to at least so many seconds, so that starting a worker is worth it.
+UNIT_SECONDS = 30.0
+#: Units a worker should get, so that the last ones end together.
+UNITS_PER_WORKER = 4
+SLICE_SECONDS = 900.0  # and never much longer than this, so that a lost worker loses little
+
+
+class Work:
+    """What is left to do, cut into units for the workers there are."""
+
+    def __init__(
+        self, found: Sequence[Unit], workers: Workers, seconds: Callable[[Unit], float]
+    ) -> None:
+        self.units, self.workers, self.seconds = found, workers, seconds
+
+    @classmethod
+    def of(cls, sweep: Sweep, ledger: Ledger | None) -> Work:
+        """Cut what `ledger` lacks of a sweep (None: everything)."""
+        done = ledger.done if ledger is not None else nothing_done
+        pace = ledger.pace if ledger is not None else no_pace
+        whole = units(sweep.points, sweep.counts, done, lambda row: 10**9)
+        workers = fit(sweep.cluster, max((cost.worker_bytes(u.points) for u in whole), default=1))
+        gpu = workers.gpus > 0
+
+        def seconds(unit: Unit) -> float:
+            return cost.unit_seconds(unit, workers.cpus, gpu, pace)
+
+        target = sum(map(seconds, whole)) / (workers.count * UNITS_PER_WORKER)
+        target = min(max(target, UNIT_SECONDS), SLICE_SECONDS)
+
+        def size(row: tuple[Point, ...]) -> int:
+            if sweep.cluster.samples_per_unit is not None:
+                return sweep.cluster.samples_per_unit
+            return round(target / cost.sample_seconds(row, workers.cpus, gpu, pace)) or 1
+
+        found = units(sweep.points, sweep.counts, done, size, seconds)
+        count = max(1, min(workers.count, len(found)))
+        if sweep.cluster.cpus_per_worker is None and sweep.cluster.address is None:
+            # Fewer units than workers: the threads of the idle ones go to the others.
+            workers = Workers(count, workers.cpus * workers.count // count, workers.gpus)
+        else:
+            workers = Workers(count, workers.cpus, workers.gpus)
+        return cls(found, workers, seconds)
+
+    def wall(self) -> float:
+        """Return the estimated seconds until the last unit ends, loading of models left out."""
+        ends = [0.0] * self.workers.count
+        for unit in self.units:
+            ends[ends.index(min(ends))] += self.seconds(unit)
+        return max(ends)
+
+
+def nothing_done(key: str) -> set[int]:
+    """Return the finished samples of a point where there is no ledger."""
+    return set()
+
+
+def no_pace(model: str, task: str) -> tuple[float, float] | None:
+    """Return the measured pace where there is no ledger."""
+    return None
