@@ -84,7 +84,7 @@ def convert(gguf: Path, target: Path) -> None:
 
     source, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    # Newer transformers keep the weights quantised unless told otherwise; older ones know no option.
+    # Newer transformers keep weights quantised unless told otherwise; older ones know no option.
     choose = getattr(transformers, "GgufConfig", None)
     extra = {"quantization_config": choose(dequantize=True)} if choose else {}
     loaded = AutoModelForCausalLM.from_pretrained(

@@ -22,9 +22,8 @@ from quest_dist import plan
 from quest_dist.table import Record, Row
 
 LONGEST_TEXT = 500  # MLflow takes 6000 of a parameter; a person reads less
-SAMPLE_COLUMNS = tuple(
-    "sample score prediction reference attended context_tokens new_tokens seconds".split()
-)
+OUTCOME = ("sample", "score", "prediction", "reference")
+COST = ("attended", "context_tokens", "new_tokens", "seconds")
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,7 @@ def _details(records: Sequence[Record]) -> dict[str, float]:
 
 def _samples(records: Sequence[Record]) -> dict[str, Any]:
     """The table of samples, in the form that MLflow's evaluation view reads."""
-    columns = [*SAMPLE_COLUMNS, *(["error"] if any(r["error"] for r in records) else [])]
+    columns = [*OUTCOME, *COST, *(["error"] if any(r["error"] for r in records) else [])]
     return {"columns": columns, "data": [[r[column] for column in columns] for r in records]}
 
 

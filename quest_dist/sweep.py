@@ -74,12 +74,16 @@ def _hydra(arguments: list[str]) -> int:
     # A plan writes nothing, not even Hydra's record of the launch.
     extra = ["hydra.run.dir=.", "hydra.output_subdir=null"] if _plans(arguments) else []
     # Hydra would print and exit by itself; the errors are ours to explain.
+    wanted = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     saved, sys.argv = sys.argv, [sys.argv[0], *arguments, *extra]
     try:
         hydra.main(version_base="1.3", config_path=str(find("conf")), config_name="config")(task)()
     finally:
         sys.argv = saved
+        del os.environ["HYDRA_FULL_ERROR"]
+        if wanted is not None:
+            os.environ["HYDRA_FULL_ERROR"] = wanted
     if mistake is not None:
         raise mistake
     return status

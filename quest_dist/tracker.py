@@ -31,7 +31,6 @@ __all__ = ["Sweep", "Tracker"]
 
 log = logging.getLogger(__name__)
 PAUSE = 30.0  # seconds without a try after the server failed
-PICTURES = (".png", ".pdf", ".csv", ".svg")
 
 
 class Ledger(Protocol):
@@ -142,18 +141,20 @@ class Tracker:
     def _finish(self, rows: Sequence[Row], files: list[Path], note: str) -> None:
         store = self._open()
         run_id = store.put(projection.sweep_run(rows, self.sweep, closed=False))
+        drawn = {path.stem for path in files if path.suffix == ".png"}
         for path in files:
-            folder = "figures" if path.suffix in PICTURES else None
+            folder = "figures" if path.stem in drawn else None
             store.client.log_artifact(run_id, str(path), folder)
         store.client.log_text(run_id, to_csv(rows), "points.csv")
         if self.sweep.config:
             store.client.log_text(run_id, self.sweep.config, "config.yaml")
-        self._sync(rows, closed=True, note=self._closing(run_id, note, files))
+        pictures = [path for path in files if path.stem in drawn]
+        self._sync(rows, closed=True, note=self._closing(run_id, note, pictures))
 
-    def _closing(self, run_id: str, note: str, files: Iterable[Path]) -> str:
+    def _closing(self, run_id: str, note: str, pictures: Iterable[Path]) -> str:
         """The note, links to the figures, and the command that made them."""
         place = f"#/experiments/{self._open().experiment_id}/runs/{run_id}/artifacts/figures"
-        links = [f"[{p.name}]({place}/{quote(p.name)})" for p in files if p.suffix in PICTURES]
+        links = [f"[{p.name}]({place}/{quote(p.name)})" for p in pictures]
         command = f"```\n{self.sweep.command}\n```" if self.sweep.command else ""
         return "\n\n".join(part for part in (" · ".join(links), note, command) if part)
 

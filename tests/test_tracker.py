@@ -228,6 +228,31 @@ def test_more_samples_move_the_dots_and_keep_the_points_history(
     assert len(json.loads(Path(shown).read_text())["data"]) == 5
 
 
+def test_a_crash_while_a_curve_is_replaced_heals(folder: Path, ledger: Ledger) -> None:
+    points = synthetic.points(["qasper"], ("full", "quest"), (256,))
+    synthetic.fill(ledger, points, range(2))
+    tracker = Tracker({}, folder, SWEEP, ledger)
+    tracker.sync(rows_of(ledger, points, 2))
+    client: Any = tracker._open().client
+    delete = client.delete_run
+
+    def fatal(run_id: str) -> None:
+        delete(run_id)
+        raise Killed
+
+    client.delete_run = fatal
+    synthetic.fill(ledger, points, range(4))
+    rows = rows_of(ledger, points, 4)
+    with pytest.raises(Killed):
+        tracker.sync(rows)
+    whole = Tracker({}, folder, SWEEP, ledger)
+    assert whole.sync(rows)
+    assert max(values_of(whole).values()) == 1
+    for curve, point in (("Quest", "Quest b256 · Qasper"), ("Full", "Full · Qasper")):
+        parent = named(whole, curve).info.run_id
+        assert named(whole, point).data.tags["mlflow.parentRunId"] == parent
+
+
 def test_a_failed_point_is_a_failed_run_with_its_error(folder: Path, ledger: Ledger) -> None:
     points = synthetic.points(["qasper"], ("full", "quest"), (256,))
     synthetic.fill(ledger, points[:1], range(2))
@@ -265,9 +290,11 @@ def test_the_sweeps_run_holds_figures_tables_and_what_follows(folder: Path, ledg
     synthetic.fill(ledger, points, range(2))
     picture = folder / "fig07.png"
     picture.write_bytes(b"not really")
+    listing = folder / "points.csv"
+    listing.write_text("as the sweep wrote it")
     tracker = Tracker({}, folder, SWEEP, ledger)
     rows = rows_of(ledger, points, 2)
-    assert tracker.finish(rows, [picture], "qasper: Quest lossless from 256")
+    assert tracker.finish(rows, [picture, listing], "qasper: Quest lossless from 256")
     run = named(tracker, "sweep longbench")
     client = tracker._open().client
     held = {file.path for file in client.list_artifacts(run.info.run_id)}

@@ -1,7 +1,7 @@
 """A real unit of work that needs no model: arithmetic on a point's settings, in milliseconds.
 
-`run` has the signature of `quest_dist.worker.run`. The environment slows it down (TINY_SECONDS), logs
-each sample it starts (TINY_LOG), or breaks it: TINY_KILL_AT and TINY_RAISE_AT name a sample,
+`run` has the signature of `quest_dist.worker.run`. The environment slows it down (TINY_SECONDS),
+logs each sample it starts (TINY_LOG), or breaks it: TINY_KILL_AT and TINY_RAISE_AT name a sample,
 TINY_ERROR_AT a sample whose records carry an error, TINY_REFUSE refuses the whole unit.
 """
 
@@ -23,8 +23,10 @@ def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[st
         raise ValueError("refused on purpose")
     for index in work.samples:
         if log := os.environ.get("TINY_LOG"):
+            first = work.first
+            line = f"{first.task.name} {index} {len(work.points)} {first.model.name} {os.getpid()}"
             with Path(log).open("a") as file:
-                file.write(f"{work.first.task.name} {index} {len(work.points)} {os.getpid()}\n")
+                file.write(line + "\n")
         if os.environ.get("TINY_KILL_AT") == str(index):
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("TINY_RAISE_AT") == str(index):
@@ -62,4 +64,12 @@ def record(point: Point, index: int, error: str | None = None) -> dict[str, Any]
 def started(log: Path) -> list[tuple[str, int, int]]:
     """What TINY_LOG holds: (task, sample, points) in the order of starting."""
     lines = log.read_text().splitlines() if log.exists() else []
-    return [(t, int(i), int(n)) for t, i, n, _ in (line.split() for line in lines)]
+    return [(t, int(i), int(n)) for t, i, n, *_ in (line.split() for line in lines)]
+
+
+def models_by_process(log: Path) -> dict[str, set[str]]:
+    """The models that each process worked for."""
+    found: dict[str, set[str]] = {}
+    for *_, model, pid in (line.split() for line in log.read_text().splitlines()):
+        found.setdefault(pid, set()).add(model)
+    return found

@@ -13,7 +13,7 @@ from quest_dist.figures.caption import Caption
 from quest_dist.table import Panel, Row, pivot
 
 PANEL = 2.25  # inches of height a row of panels takes
-LEGEND = 0.34
+LEGEND, NEXT = 0.34, 0.19  # inches of the legend: its first line, each further one
 
 
 def page(
@@ -31,14 +31,18 @@ def page(
     if name in paper.reference():
         notes.append(f"Against the paper: {verdict}.")
     handles = panels.legend(found)
+    if any(paper.judge(name, row).paper is not None for row in rows):
+        handles.append(panels.paper_handle())
     lines = len(captions.small_print(rows, caption, [*notes, captions.lacking(rows)]))
     tall = PANEL if down > 1 else 2.9
-    legend_lines = -(-len(handles) // 7)
-    fixed = captions.HEAD + LEGEND * legend_lines + 0.5 + lines * captions.LINE
+    columns = _columns([str(handle.get_label()) for handle in handles])
+    legend_lines = -(-len(handles) // columns)
+    legend = LEGEND + NEXT * (legend_lines - 1)
+    fixed = captions.HEAD + legend + 0.5 + lines * captions.LINE
     height = fixed + down * tall
     figure = style.canvas(height)
     bottom, top = captions.put(figure, title, rows, caption, notes)
-    top -= LEGEND * legend_lines / height
+    top -= legend / height
     box = {"left": 0.065, "right": 0.985, "bottom": bottom + 0.42 / height}
     gap = 0.24 if across == 3 else 0.18
     spec = figure.add_gridspec(
@@ -50,12 +54,10 @@ def page(
         plotted += panels.draw(axes, panel, name, _title(panel, found), 0.033 * across)
         if i + across < len(found):
             axes.set_xlabel("")
-    if any(line["series"] == "paper" for line in plotted):
-        handles.append(panels.paper_handle())
     figure.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(0.005, top + (LEGEND * legend_lines + 0.02) / height),
+        bbox_to_anchor=(0.005, top + (legend + 0.02) / height),
         ncols=-(-len(handles) // legend_lines),
         handlelength=2.4,
         columnspacing=1.5,
@@ -63,6 +65,14 @@ def page(
         borderaxespad=0.2,
     )
     return figure, plotted
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """How many legend entries go on a line, by the width of their text."""
+    widths = [0.62 + 0.073 * len(label) for label in labels]
+    if sum(widths) < style.WIDTH:
+        return len(labels)
+    return max(1, int(style.WIDTH / max(widths)))
 
 
 def _title(panel: Panel, found: Sequence[Panel]) -> str:

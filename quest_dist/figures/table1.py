@@ -89,7 +89,8 @@ def _table(axes: Axes, panel: Panel, named: bool) -> panels.Plotted:
 def _cell(axes: Axes, x: int, y: int, row: Row | None, wide: int) -> None:
     known = row is not None and row.n > 0
     shade = SHADES(row.score / 100) if row is not None and known else "#ffffff"
-    edge: dict[str, Any] = {"edgecolor": "white" if known else style.GRID, "lw": 2 if known else 0.8}
+    line = "white" if known else style.GRID
+    edge: dict[str, Any] = {"edgecolor": line, "lw": 2.0 if known else 0.8}
     axes.add_patch(Rectangle((x + 0.01, y + 0.03), wide - 0.02, 0.94, facecolor=shade, **edge))
     middle: dict[str, Any] = {"ha": "center", "va": "center"}
     if row is None or not known:

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from quest_dist.tasks.sources import Form, Measure, Record, digest, parse_lines, safe_name
+from quest_dist.tasks.sources import Form, Measure, Record, checked, digest, parse_lines, safe_name
 
 
 class Files:
@@ -51,9 +51,8 @@ class Files:
         )
         paths = sorted(folder.glob("*.txt")) if folder else []
         if not paths:
-            raise ValueError(
-                f"no .txt books in {self._books or self.root / 'pg19'} (set data.books to their folder)"
-            )
+            place = self._books or self.root / "pg19"
+            raise ValueError(f"no .txt books in {place} (set data.books to their folder)")
         return [(path.stem, _text(path)) for path in paths]
 
     def _bytes(self, task: str) -> bytes:
@@ -65,11 +64,12 @@ class Files:
 
     @functools.cache  # noqa: B019
     def _records(self, task: str) -> list[Record]:
-        return parse_lines(self._bytes(task), f"{self.root / task}.jsonl")
+        lines = parse_lines(self._bytes(task), f"{self.root / task}.jsonl")
+        return [checked(value, place) for place, value in lines]
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"book {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"book {path} is not UTF-8 ({error.reason} at {error.start})") from None

@@ -1,4 +1,4 @@
-"""Sizing generated text: the largest count of sentences whose prompt still fits a number of tokens."""
+"""Sizing generated text: as many sentences as a number of tokens can hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ def largest(tokens: Callable[[int], int], limit: int, key: str) -> int:
     """
     empty = tokens(0)
     if empty > limit:
-        raise ValueError(f"{key}={limit} is less than the {empty} tokens of a prompt without filler")
+        raise ValueError(
+            f"{key}={limit} is less than the {empty} tokens of a prompt without filler"
+        )
     probe = 64
     low, high = 0, None
     guess = max(1, int((limit - empty) * probe / max(1, tokens(probe) - empty)))

@@ -35,12 +35,14 @@ PARAGRAPH = 6
 
 
 class Generated:
-    """Records made from a seed; every whole prompt has at most `tokens` tokens, and nearly as many."""
+    """Records made from a seed; each whole prompt has at most `tokens` tokens, and nearly so many."""
 
     def __init__(self, tokens: int = 4096) -> None:
         """Check the size: a prompt needs room for its facts and for text that is clear of them."""
         if not isinstance(tokens, int) or tokens < 2 * CLEAR:
-            raise ValueError(f"data.tokens={tokens!r} is not a whole number of at least {2 * CLEAR}")
+            raise ValueError(
+                f"data.tokens={tokens!r} is not a whole number of at least {2 * CLEAR}"
+            )
         self.tokens = tokens
 
     def identity(self, task: str) -> dict[str, Any]:
@@ -95,8 +97,10 @@ class Generated:
         for number in range(len(filler) + 1):
             sentences += [f for f, at in zip(made.facts, places, strict=True) if at == number]
             sentences += filler[number : number + 1]
-        body = _paragraphs(sentences)
-        context, question = family.layout(body, made)
+        paragraphs = [
+            " ".join(sentences[i : i + PARAGRAPH]) for i in range(0, len(sentences), PARAGRAPH)
+        ]
+        context, question = family.layout(paragraphs, made)
         return {
             "context": context,
             "input": question,
@@ -111,7 +115,7 @@ class Generated:
 
 
 def _filler(sentences: Sequence[str], seed: str, count: int) -> list[str]:
-    """Return `count` filler sentences: the list in shuffled rounds, the same start for any count."""
+    """Return `count` filler sentences: shuffled rounds of the list, alike in start for any count."""
     return [sentence for sentence, _ in zip(_rounds(sentences, seed), range(count), strict=False)]
 
 
@@ -119,9 +123,3 @@ def _rounds(sentences: Sequence[str], seed: str) -> Iterator[str]:
     rng = random.Random(seed)
     while True:
         yield from rng.sample(sentences, len(sentences))
-
-
-def _paragraphs(sentences: Sequence[str]) -> str:
-    return "\n".join(
-        " ".join(sentences[i : i + PARAGRAPH]) for i in range(0, len(sentences), PARAGRAPH)
-    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quest_dist.tasks.metrics import METRICS, best
+from quest_dist.tasks.metrics import best
 from quest_dist.tasks.prompt import Language, Protocol, unknown
 from quest_dist.tasks.prompts import FORMS
 from quest_dist.tasks.sources import Form, Record, Source
 from quest_dist.tasks.task import Outcome, Sample
+
+METRIC_CHOICES = ("f1", "rouge_l")
 
 
 def fill(form: Form, record: Record) -> tuple[str, int]:
@@ -45,8 +47,8 @@ class LongBench:
         """Check the settings; ValueError names the key and its choices."""
         if dataset not in FORMS:
             raise unknown("task.dataset", dataset, FORMS)
-        if metric not in METRICS:
-            raise unknown("task.metric", metric, METRICS)
+        if metric not in METRIC_CHOICES:
+            raise unknown("task.metric", metric, METRIC_CHOICES)
         if samples is not None and samples < 1:
             raise ValueError(f"task.samples={samples} is below 1 (null for all)")
         if max_new_tokens is not None and max_new_tokens < 1:
@@ -66,7 +68,7 @@ class LongBench:
         there = self.data.count(self.dataset)
         if there is None:
             if self.samples is None:
-                raise ValueError("task.samples=null asks for all records, but generated data never ends")
+                raise ValueError("task.samples=null asks for all, but generated data never ends")
             return self.samples
         return there if self.samples is None else min(there, self.samples)
 
@@ -99,10 +101,4 @@ class LongBench:
 
     def score(self, sample: Sample, outcome: Outcome) -> float:
         """Return the best score over the reference answers, 0..100."""
-        text = outcome.text
-        if self.form.ends:
-            # LongBench drops leading line ends before it takes the first line.
-            text = text.lstrip("\n")
-            for end in self.form.ends:
-                text = text.partition(end)[0]
-        return best(self.metric, text, sample.answers)
+        return best(self.metric, self.form.answer(outcome.text), sample.answers)

@@ -46,9 +46,7 @@ def _common_words(reference: Sequence[str], said: Sequence[str]) -> set[str]:
     for i, word in enumerate(reference, 1):
         for j, other in enumerate(said, 1):
             same = word == other
-            table[i][j] = (
-                table[i - 1][j - 1] + 1 if same else max(table[i - 1][j], table[i][j - 1])
-            )
+            table[i][j] = table[i - 1][j - 1] + 1 if same else max(table[i - 1][j], table[i][j - 1])
     found, i, j = set(), rows, columns
     while i and j:
         if reference[i - 1] == said[j - 1]:

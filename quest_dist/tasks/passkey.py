@@ -38,7 +38,9 @@ VERSION = 1
 def passkey_text(key: int, depth: float, sentences: int) -> str:
     """Return the prompt with `sentences` filler sentences, the key line after `depth` of them."""
     before = round(depth * sentences)
-    parts = [" ".join(FILLER[i % len(FILLER)] for i in range(n)) for n in (before, sentences - before)]
+    parts = [
+        " ".join(FILLER[i % len(FILLER)] for i in range(n)) for n in (before, sentences - before)
+    ]
     return "\n".join([OPENING, parts[0], KEY_LINE.format(key=key), parts[1], QUESTION])
 
 
@@ -67,7 +69,9 @@ class Passkey:
             if value < low:
                 raise ValueError(f"task.{name}={value} is below {low}")
         if depths < 1 or max_new_tokens < 1:
-            raise ValueError(f"task.depths={depths} and max_new_tokens={max_new_tokens} must be >= 1")
+            raise ValueError(
+                f"task.depths={depths} and max_new_tokens={max_new_tokens} must be >= 1"
+            )
         self.seed, self.samples, self.length, self.depths = seed, samples, length, depths
         self.max_new_tokens, self.chat = max_new_tokens, chat
         self.protocol = Protocol.parse(protocol)

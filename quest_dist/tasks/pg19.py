@@ -1,9 +1,9 @@
 """PG-19: perplexity of long prose, token by token after a prefilled beginning.
 
 With `prefill: 0` every token but the first is decoded, as in the paper's figure; a longer prefill
-measures the same positions for the price of the scored tokens alone. Sample i is segment i // n of
-book i % n of n books, so the first n samples are the beginnings of n different books. Segments start
-at paragraphs, at least SPAN characters a token apart, so they practically never overlap.
+measures the same positions for the price of the scored tokens alone. Of n books, the first n
+samples are the beginnings, the next n the second segments, and so on. Segments start at paragraphs,
+at least SPAN characters a token apart, so they practically never overlap.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PG19:
         return {**self.data.identity("pg19"), "version": VERSION}
 
     def segments(self) -> list[tuple[str, str]]:
-        """Return (title, text) of every segment: the first of each book, then the second of each..."""
+        """Return (title, text) of every segment: the first of each book, then the second, ..."""
         if self._segments is None:
             need = SPAN * (max(1, self.prefill) + self.tokens)
             found = []

@@ -1,9 +1,9 @@
 """Language: how text becomes the token ids of one prompt, and where decoding starts in them.
 
 A prompt is one string, `head + body + foot`: the chat format around the task's own text. It is
-tokenised once; the split into context and tail, and a cut to the model's limit, happen on the ids of
-that one tokenisation. (Tokenising the parts apart, as released evaluation code does, drops or adds a
-token at the seam, so that even full attention no longer answers the prompt of the benchmark.)
+tokenised once; the split into context and tail, and a cut to the model's limit, happen on the ids
+of that one tokenisation. (Tokenising the parts apart, as released evaluation code does, drops or
+adds a token at the seam: then even full attention does not answer the benchmark's prompt.)
 
 Where the tail starts is a rule of the protocol:
 * `question`   at the task's question, by the structure of its template;
@@ -29,7 +29,7 @@ CHAT_FORMATS: Mapping[str, tuple[str, str]] = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
         " ASSISTANT:",
     ),
-    # LongBench's own wrapping for Llama-2 chat models: no blanks inside the brackets, no system text.
+    # LongBench's own wrapping for Llama-2 chat models: no blanks, no system text.
     "llama2": ("[INST]", "[/INST]"),
 }
 """Text before and after what the user says. `template` asks the tokenizer's own chat template."""
@@ -93,7 +93,7 @@ class Language:
     bos: int | None = None
     """Id put before every prompt; None where the tokenizer itself puts none."""
     max_prompt: int | None = None
-    """Tokens of the unwrapped prompt above which it is cut, where a benchmark states such a limit."""
+    """Tokens of the unwrapped prompt above which it is cut, where a benchmark states a limit."""
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of `text` with nothing added around them."""
@@ -149,7 +149,7 @@ class Language:
             if rule != "question":
                 floor = len(head) + marker if marker >= 0 else -1
                 at = max(len(text) - int(rule.removeprefix("chars")), floor)
-            # A token that straddles the position belongs to the tail: it cannot be prefilled by half.
+            # A token across the position belongs to the tail: it cannot be prefilled by half.
             split = len(opening) + sum(end <= at for end in ends)
 
         inner = sum(end <= len(head) for end in ends) if head else 0
@@ -202,7 +202,9 @@ def chat_format(choice: str | Mapping[str, str], tokenizer: Any) -> tuple[str, s
     if choice != "template":
         raise unknown("model.chat", choice, CHAT_CHOICES)
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("model.chat='template' but this model's tokenizer carries no chat template")
+        raise ValueError(
+            "model.chat='template' but this model's tokenizer carries no chat template"
+        )
     place = "\x02body\x03"
     # Templates that print today's date would make every day's prompt another one; some accept ours.
     text: str = tokenizer.apply_chat_template(

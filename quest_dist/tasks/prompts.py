@@ -1,8 +1,8 @@
 """LongBench v1's prompts and answer lengths, word for word, for the six tasks of the Quest paper.
 
-From THUDM/LongBench, config/dataset2prompt.json and dataset2maxlen.json (MIT licence). Oddities such
-as "asconcisely" and the blank before qasper's second instruction are the benchmark's own: published
-numbers were measured with them.
+From THUDM/LongBench, config/dataset2prompt.json and dataset2maxlen.json (MIT licence). Oddities
+such as "asconcisely" and the blank before qasper's second instruction are the benchmark's own:
+published numbers were measured with them.
 """
 
 from __future__ import annotations

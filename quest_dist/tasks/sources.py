@@ -1,9 +1,9 @@
 """Source: where a task's records come from, and what one record must hold.
 
-A record has the fields of LongBench's JSONL, of which `context`, `input` and `answers` are read. Three
-sources exist: `generated` (made from a seed), `files` (a folder) and `hub` (a dataset repository). A
-source is checked in the driver, before any worker starts, by asking for `identity` and `count`; the
-identity digests content and never names a path, so that a moved folder keeps its results.
+A record has the fields of LongBench's JSONL, of which `context`, `input` and `answers` are read.
+Three sources exist: `generated` (made from a seed), `files` (a folder) and `hub` (a dataset
+repository). A source is checked in the driver, before any worker starts, by asking for `identity`
+and `count`; the identity digests content and never names a path: a moved folder keeps its results.
 """
 
 from __future__ import annotations
@@ -33,8 +33,21 @@ class Form:
     max_new_tokens: int
     chat: bool = True
     """False for few-shot tasks, whose examples already show the format."""
+    after: str = ""
+    """Where an answer contains this, what follows it is scored: the last step of a chain."""
     ends: tuple[str, ...] = ()
     """Texts at whose first occurrence an answer ends before it is scored."""
+
+    def answer(self, text: str) -> str:
+        """Return the part of a generated text that is scored."""
+        if self.after and self.after in text:
+            text = text.partition(self.after)[2]
+        if self.ends:
+            # LongBench drops leading line ends before it takes the first line.
+            text = text.lstrip("\n")
+        for end in self.ends:
+            text = text.partition(end)[0]
+        return text
 
 
 class Source(Protocol):
@@ -49,11 +62,11 @@ class Source(Protocol):
         ...
 
     def record(self, task: str, index: int, seed: int, measure: Measure) -> Record:
-        """Return record `index`; `seed` and `measure` matter only where records are made to size."""
+        """Return record `index`; `seed` and `measure` matter only where records are made."""
         ...
 
     def form(self, task: str) -> Form | None:
-        """Return the source's own form for this task; None where the benchmark's official one holds."""
+        """Return the source's own form for this task; None for the benchmark's official one."""
         ...
 
     def books(self) -> list[tuple[str, str]]:
@@ -77,20 +90,21 @@ def digest(parts: Iterable[bytes]) -> str:
     return sha.hexdigest()[:16]
 
 
-def parse_lines(data: bytes, where: str) -> list[Record]:
-    """Parse JSONL as LongBench writes it; ValueError names the place `where` and the line."""
-    records = []
+def parse_lines(data: bytes, where: str) -> list[tuple[str, object]]:
+    """Parse JSON lines into (place, value); ValueError names the place `where` and the line."""
+    values: list[tuple[str, object]] = []
+    # Split at line feeds alone: other line separators may stand unescaped inside a JSON text.
     for number, line in enumerate(data.split(b"\n"), 1):
+        place = f"{where}, line {number}"
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            values.append((place, json.loads(line)))
         except ValueError as error:  # also UnicodeDecodeError
-            raise ValueError(f"{where}, line {number}: not JSON ({error})") from None
-        records.append(checked(record, f"{where}, line {number}"))
-    if not records:
+            raise ValueError(f"{place}: not JSON ({error})") from None
+    if not values:
         raise ValueError(f"{where}: no records")
-    return records
+    return values
 
 
 def checked(record: object, where: str) -> Record:

@@ -1,12 +1,12 @@
 """Sample, Outcome and Task: what an evaluation hands to the engine, and what it gets back.
 
-A task turns a data source into samples of token ids and decoded text into a score. It never sees a
-model: this module and everything beside it imports neither torch nor transformers, so a plan can be
-checked, and a score recomputed, on a machine that has no accelerator libraries at all.
+A task turns a data source into samples of token ids and decoded text into a score. It never sees
+a model: this module and everything beside it imports neither torch nor transformers, so a plan can
+be checked, and a score recomputed, on a machine that has no such library at all.
 
 Invariants
-* `Sample.context + Sample.tail` is exactly the token ids of one prompt: the two parts are cut out of
-  the ids of the whole prompt and never tokenised apart.
+* `Sample.context + Sample.tail` is exactly the token ids of one prompt: the two parts are cut out
+  of the ids of the whole prompt and never tokenised apart.
 * `Sample.tail` holds at least one token, so at least one decode step sees the method under test.
 * `Task.sample` depends on nothing but its arguments and the task's settings: the same index gives the
   same sample in every process, in any order.
@@ -30,7 +30,7 @@ class Sample:
     context: tuple[int, ...]
     """Token ids that are prefilled densely (BOS and the head of the chat format included)."""
     tail: tuple[int, ...]
-    """Token ids decoded one by one, teacher forced (the question and the end of the chat format)."""
+    """Token ids decoded one by one, teacher forced (question and end of the chat format)."""
     answers: tuple[str, ...]
     max_new_tokens: int
     """Tokens to generate after the tail; 0 for perplexity."""
@@ -45,7 +45,9 @@ class Sample:
         """Hold the invariants that the engine relies on."""
         assert self.tail, f"sample {self.index} has an empty tail"
         assert self.context, f"sample {self.index} has an empty context"
-        assert self.max_new_tokens >= 0, f"sample {self.index} asks for {self.max_new_tokens} tokens"
+        assert self.max_new_tokens >= 0, (
+            f"sample {self.index} asks for {self.max_new_tokens} tokens"
+        )
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,16 @@ class Outcome:
     """The generated tokens as text, special tokens left out."""
     token_ids: tuple[int, ...] = ()
     nll: tuple[float, ...] = ()
-    """Nats of tail[1], tail[2], ... when `Sample.score_tail`: one for each decode step that predicts a
-    token of the tail. (tail[0] is predicted by the dense prefill, which is no business of a method.)"""
+    """Nats of tail[1], tail[2], ... when `Sample.score_tail`: one for each decode step that predicts
+    a token of the tail. (tail[0] is predicted by the dense prefill, which no method touches.)"""
 
 
 class Task(Protocol):
     """A benchmark over one data source.
 
-    `metric` is one of 'f1', 'rouge_l', 'accuracy' (scores 0..100, higher is better) and 'perplexity'
-    (a score is the mean negative log-likelihood in nats of one sample; the aggregate of a point is
-    exp of the mean, lower is better).
+    `metric` is one of 'f1', 'rouge_l', 'accuracy' (scores 0..100, higher is better) and
+    'perplexity' (a score is the mean negative log-likelihood in nats of one sample; the aggregate
+    of a point is exp of the mean, lower is better).
     """
 
     metric: str

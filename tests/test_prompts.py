@@ -1,0 +1,187 @@
+"""Prompts: one tokenisation, split where the protocol says, cut in the middle, framed by data."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_language import tiny_language, tiny_tokenizer
+
+from quest_dist import bundled
+from quest_dist.tasks.prompt import Protocol, chat_format
+
+BODY = (
+    "Read this.\n\nThe road went on over the hills. Nobody said a word.\n\n"
+    "Question: where?\nAnswer:"
+)
+ASK = BODY.index("Question:")
+FRAME = {"head": "<s>user: ", "foot": "</s><s>assistant:"}
+
+
+@pytest.mark.parametrize(
+    "tail", ["question", "released", "chars7", "chars40", "tokens1", "tokens9"]
+)
+@pytest.mark.parametrize("frame", [{}, FRAME])
+@pytest.mark.parametrize("bos", [None, 0])
+def test_context_and_tail_are_the_ids_of_one_prompt(tail, frame, bos):
+    language = tiny_language(bos=bos, **frame)
+    cut = language.cut(BODY, Protocol(tail), question=ASK)
+    text = language.head + BODY + language.foot
+    opening = () if bos is None or text.startswith("<s>") else (bos,)
+    assert cut.context + cut.tail == opening + language.encode(text)
+    assert cut.tail
+    assert not cut.truncated
+
+
+def test_question_tail_begins_at_the_question_and_ends_with_the_chat_format():
+    language = tiny_language(**FRAME)
+    cut = language.cut(BODY, Protocol(), question=ASK)
+    raw = language.tokenizer.decode(list(cut.tail), skip_special_tokens=False)
+    assert raw == "Question: where?\nAnswer:</s><s>assistant:"
+
+
+def test_character_tail_counts_the_chat_format_and_stops_at_the_marker():
+    language = tiny_language(**FRAME)
+    size = len(FRAME["foot"]) + 8
+
+    def tail(rule, marker=-1):
+        cut = language.cut(BODY, Protocol(rule), question=ASK, marker=marker)
+        return language.tokenizer.decode(list(cut.tail), skip_special_tokens=False)
+
+    assert tail(f"chars{size}").endswith("\nAnswer:</s><s>assistant:")
+    assert tail("chars400", marker=ASK) == "Question: where?\nAnswer:</s><s>assistant:"
+    assert tail("released") == tail("chars100")
+
+
+def test_a_token_across_the_seam_belongs_to_the_tail():
+    language = tiny_language()
+    whole = language.encode(BODY)
+    for at in range(1, len(BODY)):
+        cut = language.cut(BODY, Protocol(), question=at)
+        seam = len(language.decode(cut.context))
+        first = language.decode(whole[: len(cut.context) + 1])
+        assert seam <= at < len(first) or len(cut.tail) == 1 or len(cut.context) == 1
+
+
+@pytest.mark.parametrize("tail", ["question", "tokens1"])
+def test_a_long_prompt_loses_its_middle_and_keeps_chat_format_and_question(tail):
+    language = tiny_language(max_length=101, **FRAME)
+    body = "Begin here. " + "Nobody said a word for a long time. " * 50 + "Question: what?"
+    cut = language.cut(body, Protocol(tail), question=body.rindex("Question:"), reserve=20)
+    ids = cut.context + cut.tail
+    whole = language.encode(language.head + body + language.foot)
+    framed = len(language.encode(language.head)) + len(language.encode(language.foot))
+    half = (101 - 20 - framed) // 2
+    assert cut.truncated
+    assert len(ids) == framed + 2 * half
+    first = len(language.encode(language.head)) + half
+    assert ids == whole[:first] + whole[-(len(ids) - first) :]
+    if tail == "question":
+        assert language.decode(cut.tail).startswith("Question: what?")
+
+
+def test_the_benchmarks_own_limit_counts_bos_but_not_the_chat_format():
+    body = "Nobody said a word. " * 40
+    plain = tiny_language(max_prompt=31, bos=0)
+    cut = plain.cut(body, Protocol("tokens1"), question=0)
+    assert len(cut.context + cut.tail) == 30  # two halves of 15
+    framed = tiny_language(max_prompt=31, **FRAME)
+    cut = framed.cut(body, Protocol("tokens1"), question=0)
+    frame = len(framed.encode(framed.head)) + len(framed.encode(framed.foot))
+    assert len(cut.context + cut.tail) == 30 + frame
+
+
+def test_a_question_longer_than_half_the_limit_keeps_a_context():
+    language = tiny_language(max_length=60)
+    body = "Start. " + "Question: " + "why? " * 200
+    cut = language.cut(body, Protocol(), question=7, reserve=10)
+    assert cut.truncated
+    assert cut.context
+    assert len(cut.context + cut.tail) == 50
+
+
+def test_truncation_can_be_forbidden_and_can_be_impossible():
+    body = "Nobody said a word. " * 40
+    with pytest.raises(ValueError, match=r"truncation=error"):
+        tiny_language(max_length=50).cut(body, Protocol(truncation="error"), question=0)
+    with pytest.raises(ValueError, match="leaves no room"):
+        tiny_language(max_length=50, bos=0).cut(body, Protocol(), question=0, reserve=48)
+
+
+def test_bos_is_not_doubled_where_a_chat_template_writes_it():
+    assert tiny_language(bos=0).opening("text") == (0,)
+    assert tiny_language(bos=0).opening("<s>text") == ()
+    assert tiny_language(bos=None).opening("text") == ()
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("none", ("", "")),
+        ("llama2", ("[INST]", "[/INST]")),
+        (
+            "vicuna",
+            (
+                "A chat between a curious user and an artificial intelligence assistant. The "
+                "assistant gives helpful, detailed, and polite answers to the user's questions. "
+                "USER: ",
+                " ASSISTANT:",
+            ),
+        ),
+        ("template", ("<s>user: ", "</s><s>assistant:")),
+        ({"head": "Q ", "foot": " A"}, ("Q ", " A")),
+    ],
+)
+def test_chat_formats(choice, expected):
+    assert chat_format(choice, tiny_tokenizer()) == expected
+
+
+def test_chat_format_mistakes():
+    with pytest.raises(ValueError, match=r"did you mean 'vicuna'"):
+        chat_format("vicunna", tiny_tokenizer())
+    with pytest.raises(ValueError, match="head and foot"):
+        chat_format({"head": ""}, tiny_tokenizer())
+    with pytest.raises(ValueError, match="carries no chat template"):
+        chat_format("template", object())
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"tail": "questions"}, r"protocol.tail='questions'.*did you mean 'question'"),
+        ({"tail": "chars0"}, "protocol.tail"),
+        ({"truncation": "midle"}, "did you mean 'middle'"),
+        ({"chat": "yes"}, "protocol.chat='yes' is not true or false"),
+    ],
+)
+def test_protocol_mistakes(settings, match):
+    with pytest.raises(ValueError, match=match):
+        Protocol.parse(settings)
+
+
+def test_protocol_ignores_what_is_not_about_prompts():
+    assert Protocol.parse({"label": "x", "tail": "chars100"}) == Protocol("chars100")
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    """The bundled model's Language (converted once into the user's cache)."""
+    try:
+        bundled.weights()
+    except ValueError as error:
+        pytest.skip(str(error))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bundled.folder())
+    head, foot = chat_format("template", tokenizer)
+    return tiny_language(tokenizer=tokenizer, head=head, foot=foot)
+
+
+def test_golden_tokens_of_the_bundled_model(smollm):
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert smollm.head == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+    assert smollm.foot == "<|im_end|>\n<|im_start|>assistant\n"
+    assert smollm.encode("Hello there 12345.\n\nNow,") == (
+        *(19556, 665, 216, 33, 34, 35, 36, 37, 30, 198, 198, 2696, 28),
+    )
+    cut = smollm.cut("The pass key is 71432.\nWhat is it?", Protocol(), question=23)
+    assert cut.context[:3] == (1, 9690, 198)
+    assert cut.tail == (1780, 314, 357, 47, 2, 198, 1, 520, 9531, 198)

@@ -1,0 +1,225 @@
+"""The command: every sweep composes to the points it promises, every mistake is one clear line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_sweep
+from rich.console import Console
+
+from quest_dist import compose, launch, sweep, welcome
+from quest_dist.folders import find
+from quest_dist.plan import Point
+from quest_dist.prepare import prepare
+
+SWEEPS = compose.sweep_files()
+POINTS = {"longbench_budgets": 156, "passkey": 36, "pg19": 21, "smoke": 10}
+
+
+def grid_points(name: str, *overrides: str) -> tuple[Point, ...]:
+    """The points of a sweep, for a model that is here on every machine."""
+    return prepare(compose.composed([f"+sweep={name}", *overrides])).points
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = sweep.main(list(arguments))
+    text = capsys.readouterr()
+    return status, text.out, text.err
+
+
+def test_every_sweep_has_a_number_of_points_here() -> None:
+    assert set(SWEEPS) == set(POINTS)
+
+
+@pytest.mark.parametrize("name", sorted(POINTS))
+def test_sweeps_expand_to_the_points_they_promise(name: str, tmp_path: Path) -> None:
+    found = grid_points(name)
+    assert len(found) == len({point.key for point in found}) == POINTS[name]
+    config = compose.composed([f"+sweep={name}"])
+    assert config["name"] == name
+    assert config["about"]
+
+
+def test_longbench_has_26_points_a_task() -> None:
+    found = grid_points("longbench_budgets")
+    assert {
+        task: sum(p.task.name == task for p in found) for task in {p.task.name for p in found}
+    } == dict.fromkeys(
+        ("qasper", "hotpotqa", "gov_report", "triviaqa", "narrativeqa", "multifieldqa_en"), 26
+    )
+
+
+@pytest.mark.parametrize("name", sorted(SWEEPS))
+def test_headers_say_command_cost_and_expectation(name: str) -> None:
+    lines = SWEEPS[name].read_text().splitlines()
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    assert f"python -m quest_dist.sweep +sweep={name}" in header
+    assert "Cost" in header
+    assert "Expect" in header
+    assert welcome.headline(SWEEPS[name])
+
+
+def test_options_hold_one_key_their_own_name() -> None:
+    config = compose.composed(["+sweep=smoke"])
+    for group in compose.OPEN_GROUPS:
+        names = [path.stem for path in (find("conf") / group).glob("*.yaml")]
+        assert sorted(config[group]) == sorted(names)
+
+
+def test_the_paper_profile_means_other_models_data_and_budgets() -> None:
+    config = compose.composed(["+sweep=longbench_budgets", "profile=paper"])
+    assert config["grid"]["model"] == ["longchat_7b"]
+    assert config["grid"]["budget"] == [256, 512, 1024, 2048, 4096]
+    assert config["data"]["label"] == "hub"
+    files = compose.composed(["+sweep=passkey", "profile=paper", "data=files", "data.root=/x"])
+    assert files["data"]["label"] == "files"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["+sweep=passky"], r"unknown sweep 'passky'; did you mean 'passkey'\?"),
+        (["sweep=passkey"], r"'sweep=' needs a plus: \+sweep=NAME"),
+        (["limit=3"], r"no sweep: add \+sweep=NAME"),
+        (
+            ["+sweep=smoke", "grid.model=[smolm2]"],
+            r"unknown model 'smolm2'; did you mean 'smollm2'",
+        ),
+        (["+sweep=smoke", "grid.method=[qest]"], r"unknown method 'qest'; did you mean 'quest'"),
+        (["+sweep=smoke", "grid.task=[pasky]"], r"unknown task 'pasky'; did you mean 'passkey'"),
+        (["+sweep=smoke", "data=file"], r"unknown data 'file'; did you mean 'files'"),
+        (["+sweep=smoke", "model=longchat_7b"], r"give 'grid.model=\[longchat_7b\]' instead"),
+        (["+sweep=smoke", "grid.budgets=[1]"], r"no 'budgets' in grid; did you mean 'budget'"),
+        (
+            ["+sweep=smoke", "method.quest.gqaa=max"],
+            r"no 'gqaa' in method.quest; did you mean 'gqa'",
+        ),
+        (
+            ["+sweep=smoke", "+method.quest.gqaa=max"],
+            r"quest.gqaa: no such setting; did you mean 'gqa'",
+        ),
+        (["+sweep=smoke", "method.quest.gqa=maxx"], r"gqa='maxx'"),
+        (["+sweep=smoke", "+gird.x=1"], r"unknown setting 'gird'; did you mean 'grid'"),
+        (["+sweep=smoke", "+cluster.adress=auto"], r"cluster.adress'; did you mean 'address'"),
+        (["+sweep=smoke", "grid.budget=[0]"], r"grid.budget: .* at least 1, got 0"),
+        (["+sweep=smoke", "grid.budget=[-8]"], r"grid.budget: .* at least 1, got -8"),
+        (["+sweep=smoke", "grid.budget=[abc]"], r"grid.budget=\[abc\]: .*could not be converted"),
+        (["+sweep=smoke", "grid.budget=64"], r"expected a list, as in 'grid.budget=\[64\]'"),
+        (["+sweep=smoke", "grid.budget=[1"], r"cannot read the override 'grid.budget=\[1'"),
+        (["+sweep=smoke", "grid.dense_layers=[99]"], r"dense_layers=99: smollm2 has 30 layers"),
+        (["+sweep=smoke", "limit=0"], r"limit=0: must be at least 1"),
+        (["+sweep=smoke", "name=a/b"], r"name='a/b'"),
+        (["+sweep=smoke", "figures=[fig7]"], r"no figure 'fig7'; did you mean 'fig07'"),
+        (["+sweep=smoke", "cluster.backend=rya"], r"cluster.backend='rya': choose ray or inline"),
+        (["+sweep=smoke", "data=files"], r"data.root is not set"),
+        (
+            ["+sweep=smoke", "data=files", "data.root=/nowhere"],
+            r"data.root='/nowhere' is not a folder",
+        ),
+        (["+sweep=smoke", "-m"], r"-m: a sweep expands its own grid"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+
+
+def test_malformed_data_is_named_by_file_and_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qasper.jsonl").write_text(
+        '{"context": "a", "input": "b", "answers": ["c"]}\n{"con'
+    )
+    given = ["+sweep=smoke", "grid.task=[qasper]", "data=files", f"data.root={tmp_path}"]
+    status, _, err = command(capsys, *given)
+    assert status == 2
+    assert re.search(r"error: .*qasper.jsonl, line 2: not JSON", err)
+    status, _, err = command(capsys, *given[:1], "grid.task=[hotpotqa]", *given[2:])
+    assert re.search(r"error: .*hotpotqa.jsonl; tasks present: qasper", err)
+
+
+def test_without_arguments_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = command(capsys)
+    assert status == 0
+    assert all(f"+sweep={name} " in out for name in SWEEPS)
+    assert "outputs/" in out
+
+
+@pytest.mark.parametrize("flag", ["--help", "--cfg", "--info"])
+def test_hydra_answers_at_once_and_without_heavy_imports(flag: str, tmp_path: Path) -> None:
+    extra = {"--cfg": ["job"], "--info": ["defaults"]}.get(flag, [])
+    arguments = [flag, *extra, "+sweep=longbench_budgets"]
+    code = (
+        "import sys; from quest_dist import sweep\n"
+        f"try: sweep.main({arguments!r})\n"
+        "finally: print(sorted({'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules)))"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(find("conf").parent), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.monotonic() - started < 20  # about half a second on an idle machine
+    assert done.stdout.endswith("[]\n")
+    assert "longbench_budgets" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_says_what_would_run_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = command(capsys, "+sweep=passkey", "plan=true")
+    assert status == 0
+    assert "36 points, 360 records" in out
+    assert "GiB a worker" in out
+    assert "nothing was run" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_counts_what_is_done(tmp_path: Path) -> None:
+    tiny_sweep.run(tmp_path / "out", "limit=2")
+    out = Console(file=(text := (tmp_path / "text").open("w+")), width=120)
+    config = tiny_sweep.config(tmp_path / "out", ["plan=true"])
+    assert launch.run(config, run_unit="tiny_unit:run", out=out) == 0
+    text.seek(0)
+    said = text.read()
+    assert "18 records, 6 of them done" in said
+    assert "6/18" in said
+    assert "from the ledger's own measurements" in said
+
+
+def test_closing_words_list_scores_files_and_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY_ERROR_AT", "1")
+    out = Console(file=(text := (tmp_path / "text").open("w+")), width=120)
+    assert tiny_sweep.run(tmp_path / "out", out=out) == 1
+    text.seek(0)
+    said = text.read()
+    assert "Quest" in said
+    assert "points.csv" in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("failed: passkey full")
+    assert last.endswith("ValueError: wrong")

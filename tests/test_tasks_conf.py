@@ -1,0 +1,84 @@
+"""Configuration: every model, task, data source and protocol file builds what it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quest_dist import models
+from quest_dist.folders import find
+from quest_dist.plan import Spec
+from quest_dist.tasks.generated import Generated
+from quest_dist.tasks.prompt import Protocol
+from quest_dist.tasks.prompts import FORMS
+
+CONF = Path(find("conf"))
+RECORD = {"context": "c", "input": "i", "answers": ["a"]}
+
+
+def files(group):
+    return sorted((CONF / group).glob("*.yaml"))
+
+
+def read(path):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def ids(path):
+    return path.stem
+
+
+@pytest.mark.parametrize("path", files("task"), ids=ids)
+def test_tasks(path, tmp_path):
+    [(name, settings)] = read(path).items()
+    assert name == path.stem
+    task = Spec(name, settings).build(data=Generated(), seed=0, protocol={"tail": "question"})
+    assert task.count() == 10
+    assert task.metric in ("f1", "rouge_l", "accuracy", "perplexity")
+    assert json.loads(json.dumps(task.identity())) == task.identity()
+    with pytest.raises(ValueError, match="sampels"):
+        Spec(name, {**settings, "sampels": 3}).build(data=Generated(), seed=0, protocol={})
+
+
+def test_there_is_a_file_for_every_task_of_the_paper():
+    assert {path.stem for path in files("task")} == {*FORMS, "passkey", "pg19"}
+
+
+@pytest.mark.parametrize("path", files("model"), ids=ids)
+def test_models(path):
+    [(name, settings)] = read(path).items()
+    assert name == path.stem
+    try:
+        models.check(settings)
+    except ValueError as error:
+        assert "not installed" in str(error)  # noqa: PT017 - only the bundled package may be absent
+    shape = settings["shape"]
+    assert set(shape) == {
+        *("layers", "heads", "kv_heads", "head_dim", "hidden", "vocab", "parameters", "max_length")
+    }
+    assert shape["heads"] % shape["kv_heads"] == 0
+    assert shape["heads"] * shape["head_dim"] == shape["hidden"]
+    assert settings["max_length"] == shape["max_length"]
+    assert settings.get("max_prompt", 0) < settings["max_length"]
+
+
+@pytest.mark.parametrize("path", files("data"), ids=ids)
+def test_data(path, tmp_path):
+    settings = read(path)
+    if path.stem == "files":
+        assert settings["root"] == "???"
+        (tmp_path / "qasper.jsonl").write_text(json.dumps(RECORD), encoding="utf-8")
+        settings["root"] = str(tmp_path)
+    source = Spec(path.stem, settings).build()
+    if path.stem != "hub":  # the hub would have to be asked
+        assert source.identity("qasper")["source"] == path.stem
+
+
+@pytest.mark.parametrize("path", files("protocol"), ids=ids)
+def test_protocols(path):
+    settings = read(path)
+    assert settings["label"] == path.stem
+    Protocol.parse(settings)
