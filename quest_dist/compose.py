@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from quest_dist import mistakes
 from quest_dist.cluster import Cluster
 from quest_dist.folders import find
 from quest_dist.suggest import did_you_mean
@@ -138,11 +139,17 @@ def defaults() -> dict[str, Any]:
 
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the checked configuration that a command line with these overrides would run."""
+    """Return the checked configuration that a command line with these overrides would run.
+
+    Raises ValueError, in one line, for whatever Hydra finds wrong with them.
+    """
     register(overrides)
     GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(find("conf"))):
-        return plain(compose(config_name="config", overrides=list(overrides)))
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(find("conf"))):
+            return plain(compose(config_name="config", overrides=list(overrides)))
+    except mistakes.ERRORS as error:
+        raise ValueError(mistakes.explain(error, defaults)) from None
 
 
 def _extras(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quest_dist import closing, cost, figures, schedule, stats, table
+from quest_dist import closing, cost, figures, overview, schedule, stats, table
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
 from quest_dist.plan import Unit
@@ -153,9 +153,10 @@ def _close(
 ) -> int:
     rows = _rows(sweep, ledger)
     files = _files(sweep, rows, provenance)
-    advice = stats.recommendation(rows)
-    closing.results(rows, out)
-    out.print("\n".join(["", *advice]), markup=False, soft_wrap=True)
+    everything = [*rows, *overview.average(rows)]
+    advice = stats.recommendation(everything)
+    closing.results(everything, out)
+    out.print("\n".join(["", *overview.resolved(advice)]), markup=False, soft_wrap=True)
     look: list[str] = []
     if tracker is not None and tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice)):
         look = [tracker.command(), tracker.url()]

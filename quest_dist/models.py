@@ -136,6 +136,7 @@ def load(settings: Mapping[str, Any], device: str | None = None) -> LoadedModel:
     """Load a configured model onto `device` (default: the first GPU, or the CPU without one)."""
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     read = _read(settings)
     where: str | Path
@@ -147,20 +148,23 @@ def load(settings: Mapping[str, Any], device: str | None = None) -> LoadedModel:
     else:
         where, extra = read["repo"], {"revision": read["revision"]}
     placed = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Bars of a hundred weights say nothing in a worker, and cover the sweep's own.
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             where, trust_remote_code=False, **extra
         )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             where,
             dtype=getattr(torch, read["dtype"]),
             use_safetensors=True,
             trust_remote_code=False,
             **extra,
         )
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {read['repo'] or where}: cannot be loaded ({first})") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model {read['repo'] or where}: cannot be loaded ({reason})") from error
     model = model.to(placed).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, language(read, tokenizer, model), placed)
 
@@ -176,6 +180,8 @@ def language(read: Mapping[str, Any], tokenizer: Any, model: Any) -> Language:
     limit = read["max_length"] or int(model.config.get_text_config().max_position_embeddings)
     adds = tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [tokenizer.bos_token_id]
     wanted = read["bos"] if read["bos"] is not None else adds
+    if wanted and tokenizer.bos_token_id is None:
+        raise ValueError("model.bos=true but this model's tokenizer has no BOS token")
     return Language(
         tokenizer=tokenizer,
         head=head,

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import quest_dist
 from quest_dist.cluster import Cluster, Workers
 from quest_dist.plan import Unit
 from quest_dist.schedule import Round, by_model, can_retry, resolve
@@ -36,6 +37,7 @@ for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
 import ray  # noqa: E402
+import ray.exceptions  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
 
@@ -88,6 +90,9 @@ class Tuned:
 
     def _attach(self, address: str) -> None:
         carried = {k: v for k, v in os.environ.items() if k.startswith(_CARRIED)}
+        # A checkout on a shared disk is found by the same path; elsewhere the path does no harm.
+        paths = [str(Path(quest_dist.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        carried["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         env = {**_SETTINGS, **carried, **self.cluster.env}
         try:
             ray.init(
@@ -99,8 +104,10 @@ class Tuned:
             )
         except ConnectionError as error:
             raise ValueError(
-                f"cluster.address={address}: no Ray cluster answers there ({error})"
+                f"cluster.address={address}: no Ray cluster answers there, or it knows another"
+                f" authentication token ({error})"
             ) from error
+        _check_version()
 
     def __call__(self, current: Round) -> None:
         """Run a round: every unit a trial, in the order given."""
@@ -206,7 +213,15 @@ class Delivery(tune.Callback):
         """Note a unit whose process ended without saying why."""
         if self.current is not None:
             key = trial.config["unit"]["key"]
-            self.current.broken.setdefault(key, ("the worker process died (out of memory?)", True))
+            self.current.broken.setdefault(key, (_last_words(trial), True))
+
+
+def _last_words(trial: Any) -> str:
+    """Why a trial ended, in one line."""
+    error = trial.get_pickled_error()
+    if error is None or isinstance(error, ray.exceptions.ActorDiedError):
+        return "the worker process died (out of memory?)"
+    return describe(error)[:500]
 
 
 class Quiet(TrialProgressCallback):
@@ -234,6 +249,27 @@ class Halt(tune.Stopper):
     def stop_all(self) -> bool:
         """Whether the driver has failed."""
         return self.current is not None and self.current.error is not None
+
+
+def _check_version() -> None:
+    """Raise ValueError unless a worker of the attached cluster imports the same quest_dist."""
+
+    def version() -> str:
+        import quest_dist
+
+        return quest_dist.__version__
+
+    try:
+        found = ray.get(ray.remote(num_cpus=0)(version).remote(), timeout=120)
+    except Exception as error:
+        ray.shutdown()
+        last = str(error).strip().splitlines()[-1]
+        raise ValueError(f"cluster: its workers cannot import quest_dist ({last})") from error
+    if found != quest_dist.__version__:
+        ray.shutdown()
+        raise ValueError(
+            f"cluster: its workers have quest_dist {found}, this driver {quest_dist.__version__}"
+        )
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -37,6 +37,7 @@ SEED = 0
 FEWEST_FOR_BOOTSTRAP = 8
 FEWEST_DIFFERENT = 5
 POINTS = frozenset({"f1", "rouge_l", "accuracy"})  # metrics whose samples lie in 0..100
+FEWEST_FOR_CLAIM = 5  # pairs below which nothing is called lossless, whatever their spread
 LOWER_IS_BETTER = frozenset({"perplexity"})
 
 _Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
@@ -122,8 +123,8 @@ def loss(row: Row) -> tuple[float, float, float]:
 def smallest_lossless_budget(rows: Iterable[Row], delta: float) -> int | None:
     """Smallest budget of one curve that loses less than `delta` against full, surely.
 
-    Surely: the whole paired interval lies on the good side of -delta, and the estimate of no larger
-    budget lies on the bad side of it. None where no budget is resolved. `delta` is in points (for
+    Surely: the whole paired interval of at least FEWEST_FOR_CLAIM samples lies on the good side of
+    -delta, and the estimate of no larger budget lies on the bad side of it. None where no budget is resolved. `delta` is in points (for
     perplexity in percent).
     """
     curve = sorted((row for row in rows if row.budget is not None), key=lambda row: row.budget or 0)
@@ -132,7 +133,7 @@ def smallest_lossless_budget(rows: Iterable[Row], delta: float) -> int | None:
         _, estimate, worst = loss(row)
         if estimate >= delta:
             break
-        if worst < delta:
+        if worst < delta and row.pairs >= FEWEST_FOR_CLAIM:
             found = row.budget
     return found
 

@@ -56,7 +56,7 @@ def test_bytes_that_are_not_text_are_named(tmp_path):
 def test_missing_places(tmp_path):
     with pytest.raises(ValueError, match=r"data.root='/nowhere' is not a folder"):
         Files("/nowhere")
-    with pytest.raises(ValueError, match="data.root is empty"):
+    with pytest.raises(ValueError, match=r"data\.root is empty"):
         Files("")
     with pytest.raises(ValueError, match=r"no file .*hotpotqa\.jsonl; tasks present: qasper"):
         folder(tmp_path, GOOD).identity("hotpotqa")

@@ -55,7 +55,7 @@ def test_the_right_continuation_scores_full_marks_and_none_scores_nothing(name):
     sample = built.sample(0, tiny_language(max_length=4096))
     [answer] = sample.answers
     said = (
-        f" Oldtown. The village of Oldtown is famous for its {answer}."
+        f" Oldtown. Under the bridge of Oldtown they had hidden a {answer}."
         if name == "hotpotqa"
         else answer
     )

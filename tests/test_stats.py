@@ -138,6 +138,11 @@ def test_smallest_lossless_budget(curve: list[Dot], budget: int | None) -> None:
     assert stats.smallest_lossless_budget(curve[::-1], 2.0) == budget
 
 
+def test_a_handful_of_samples_is_never_called_lossless() -> None:
+    assert stats.smallest_lossless_budget([Dot(512, 0.0, -0.1, 0.1, pairs=4)], 2.0) is None
+    assert stats.smallest_lossless_budget([Dot(512, 0.0, -0.1, 0.1, pairs=5)], 2.0) == 512
+
+
 def test_lossless_perplexity_is_counted_in_percent_and_upwards() -> None:
     good = Dot(1024, 0.05, 0.02, 0.09, metric="perplexity", score=6.85)
     bad = Dot(512, 0.3, 0.2, 0.4, metric="perplexity", score=7.1)

@@ -192,6 +192,15 @@ def test_released_passkey_tail_is_400_characters():
     assert len(language.decode(sample.tail)) in range(400, 420)
 
 
+def test_text_made_to_size_is_never_cut():
+    short = tiny_language(max_length=980)
+    with pytest.raises(ValueError, match=r"task\.length=995 \+ 10 .* model\.max_length=980"):
+        Passkey(length=995).sample(0, short)
+    task = LongBench(data=Generated(1000), dataset="qasper", metric="f1")
+    with pytest.raises(ValueError, match=r"data\.tokens is too much for model\.max_length=980"):
+        task.sample(0, short)
+
+
 def test_passkey_scores_and_mistakes():
     language = tiny_language()
     task = Passkey(length=300)

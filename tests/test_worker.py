@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cache_harness import method_spec
-from tiny_models import tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import save_byte_model
 
 from quest_dist import ledger, worker
 from quest_dist.plan import Point, Spec, Unit
@@ -22,13 +20,7 @@ TASK = {"_target_": "quest_dist.tasks.passkey.Passkey", "samples": 2, "length": 
 def model(tmp_path_factory: pytest.TempPathFactory) -> Spec:
     """A random model of a few kilobytes that reads bytes, saved as any local model is."""
     folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(["<end>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    tiny(vocab_size=len(vocabulary), eos_token_id=0).save_pretrained(folder)
+    save_byte_model(folder)
     return Spec("tiny", {"source": "local", "path": str(folder), "dtype": "float32"})
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -69,3 +71,14 @@ def tiny_loaded(kind: str = "llama", eos: int | None = None, **changes: object) 
         eos_ids=frozenset() if eos is None else frozenset({eos}),
     )
     return LoadedModel(tiny(kind, **changes), tokenizer, language, torch.device("cpu"))
+
+
+def save_byte_model(folder: Path) -> None:
+    """A tiny model of a few kilobytes that reads bytes, saved as any local model is."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(["<end>", *alphabet])}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    tiny(vocab_size=len(vocabulary), eos_token_id=0).save_pretrained(folder)

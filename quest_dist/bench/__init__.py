@@ -1,1 +1,4 @@
-"""Benchmarks that anyone can run: `python -m quest_dist.bench NAME --json FILE`; both sides in one run."""
+"""Benchmarks that anyone can run, both sides of a comparison in one run.
+
+    python -m quest_dist.bench NAME --json FILE
+"""

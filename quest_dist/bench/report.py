@@ -1,4 +1,7 @@
-"""What a benchmark gives: a table for people, and JSON whose `summary` holds the accepted figures by name."""
+"""What a benchmark gives: a table for people, and JSON for machines.
+
+The JSON's `summary` holds the accepted figures by name.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Sharing: the points of one task as rows of one batch, against the same points one at a time.
 
 Both sides run the same engine on the same samples in the same process: shared, each sample is
-prefilled once and all points decode as one batch; alone, every point prefills and decodes by itself, as every
-other tool does. Model loading and sample making are outside both clocks.
+prefilled once and all points decode as one batch; alone, every point prefills and decodes by
+itself, as every other tool does. Model loading and sample making are outside both clocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quest_dist.tasks.task import Sample, Task
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this benchmark."""
     parser.add_argument("--task", default="qasper", help="a task of the sweep (default: qasper)")
-    parser.add_argument("--sweep", default="longbench_budgets", help="the sweep whose points to run")
+    parser.add_argument("--sweep", default="longbench_budgets", help="whose points to run")
     parser.add_argument("--samples", type=int, default=1, help="samples to run (default: 1)")
     parser.add_argument(
         "--dtype", default="float32", help="float32 (default): equal tokens are promised; bfloat16"

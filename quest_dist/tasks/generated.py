@@ -35,7 +35,7 @@ PARAGRAPH = 6
 
 
 class Generated:
-    """Records made from a seed; each whole prompt has at most `tokens` tokens, and nearly so many."""
+    """Records made from a seed; each whole prompt has at most `tokens` tokens, and nearly so."""
 
     def __init__(self, tokens: int = 4096) -> None:
         """Check the size: a prompt needs room for its facts and for text that is clear of them."""
@@ -115,7 +115,7 @@ class Generated:
 
 
 def _filler(sentences: Sequence[str], seed: str, count: int) -> list[str]:
-    """Return `count` filler sentences: shuffled rounds of the list, alike in start for any count."""
+    """Return `count` filler sentences, in shuffled rounds; a larger count only adds some."""
     return [sentence for sentence, _ in zip(_rounds(sentences, seed), range(count), strict=False)]
 
 

@@ -8,6 +8,7 @@ environment holds: HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME, HF_TOKEN.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import zipfile
@@ -101,7 +102,7 @@ def _rows(path: Path, member: str) -> list[tuple[str, object]]:
     """Return (place, row) of a downloaded file; `member` is read out of a zip."""
     if path.suffix == ".parquet":
         try:
-            from pyarrow import parquet
+            parquet = importlib.import_module("pyarrow.parquet")
         except ImportError:
             raise ValueError(f"reading {path.name} needs pyarrow: pip install pyarrow") from None
         rows = parquet.read_table(path).to_pylist()

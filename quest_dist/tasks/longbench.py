@@ -89,6 +89,12 @@ class LongBench:
             chat=chat,
             reserve=self.max_new_tokens,
         )
+        if cut.truncated and self.data.form(self.dataset):
+            # Text made to size has no middle to lose: the facts may be in it.
+            raise ValueError(
+                f"data.tokens is too much for model.max_length={language.max_length} less "
+                f"{self.max_new_tokens} tokens to generate"
+            )
         return Sample(
             index=index,
             context=cut.context,

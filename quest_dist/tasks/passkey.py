@@ -89,6 +89,11 @@ class Passkey:
         key = random.Random(f"passkey {self.seed} {index}").randint(10000, 99999)
         depth = (index % self.depths + 0.5) / self.depths
         chat = self.chat and self.protocol.chat
+        if self.length + self.max_new_tokens > language.max_length:
+            raise ValueError(
+                f"task.length={self.length} + {self.max_new_tokens} tokens to generate is more than "
+                f"model.max_length={language.max_length}"
+            )
 
         def tokens(sentences: int) -> int:
             return language.length(passkey_text(key, depth, sentences), chat=chat)

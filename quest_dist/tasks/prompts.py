@@ -18,8 +18,8 @@ _QASPER = (
     "Do not provide any explanation.\n\n"
 )
 _HOTPOTQA = (
-    "Answer the question based on the given passages. Only give me the answer and do not output any "
-    "other words.\n\n"
+    "Answer the question based on the given passages. Only give me the answer and do not output "
+    "any other words.\n\n"
 )
 
 FORMS: Mapping[str, Form] = {
@@ -67,10 +67,10 @@ FORMS: Mapping[str, Form] = {
         question="Now,",
         max_new_tokens=512,
     ),
-    # Few-shot: the released marker stands before the examples, so the question is looked for instead.
+    # Few-shot: the released marker stands before the examples, so our tail looks for the question.
     "triviaqa": Form(
-        template="Answer the question based on the given passage. Only give me the answer and do not "
-        "output any other words. The following are some examples.\n\n{context}\n\n{input}",
+        template="Answer the question based on the given passage. Only give me the answer and do "
+        "not output any other words. The following are some examples.\n\n{context}\n\n{input}",
         marker="Answer the question",
         question="Question:",
         max_new_tokens=32,

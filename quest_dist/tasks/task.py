@@ -8,8 +8,8 @@ Invariants
 * `Sample.context + Sample.tail` is exactly the token ids of one prompt: the two parts are cut out
   of the ids of the whole prompt and never tokenised apart.
 * `Sample.tail` holds at least one token, so at least one decode step sees the method under test.
-* `Task.sample` depends on nothing but its arguments and the task's settings: the same index gives the
-  same sample in every process, in any order.
+* `Task.sample` depends on its arguments and the task's settings alone: an index gives the same
+  sample in every process, in any order.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Outcome:
     """The generated tokens as text, special tokens left out."""
     token_ids: tuple[int, ...] = ()
     nll: tuple[float, ...] = ()
-    """Nats of tail[1], tail[2], ... when `Sample.score_tail`: one for each decode step that predicts
-    a token of the tail. (tail[0] is predicted by the dense prefill, which no method touches.)"""
+    """Nats of tail[1], tail[2], ... when `Sample.score_tail`: one for each step that predicts a
+    token of the tail. (tail[0] is predicted by the dense prefill, which no method touches.)"""
 
 
 class Task(Protocol):
