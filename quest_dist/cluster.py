@@ -75,8 +75,6 @@ def fit(cluster: Cluster, memory_per_worker: int) -> Workers:
     if cluster.address is not None:
         return Workers(cluster.workers or 8, cluster.cpus_per_worker or 4, gpus)
     cpus, devices = available_cpus(), available_gpus()
-    if cluster.gpus_per_worker is None and devices:
-        gpus = 1.0
     if gpus > devices:
         raise ValueError(f"cluster.gpus_per_worker={gpus:g}: this machine has {devices} GPUs")
     if (cluster.cpus_per_worker or 1) > cpus:

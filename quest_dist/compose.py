@@ -43,11 +43,11 @@ class Grid:
 
 @dataclass
 class Tracking:
-    """Settings of MLflow; `uri` None: a database in the output directory."""
+    """Settings of MLflow; None: a database in the output directory, an experiment a sweep."""
 
     enabled: bool = True
     uri: str | None = None
-    experiment: str = "quest_dist"
+    experiment: str | None = None
 
 
 @dataclass

@@ -31,9 +31,6 @@ create table if not exists record(
 create table if not exists failure(
   point text not null, sample integer not null, finished_at real not null, body text not null,
   primary key (point, sample)) without rowid;
-create table if not exists tracked(
-  kind text not null, key text not null, run_id text not null, digest text not null,
-  primary key (kind, key)) without rowid;
 """
 #: Every record carries these; `check_record` names what is missing.
 FIELDS = (
@@ -149,19 +146,6 @@ class Ledger:
         )
         prefill, decode = rows[0]
         return None if prefill is None else (float(prefill), float(decode or 0.0))
-
-    def tracked(self, kind: str, key: str) -> tuple[str, str] | None:
-        """Return the (MLflow run id, digest of what was logged) noted for a thing, else None."""
-        sql = "select run_id, digest from tracked where kind = ? and key = ?"
-        rows = self._read(sql, kind, key)
-        return (rows[0][0], rows[0][1]) if rows else None
-
-    def track(self, kind: str, key: str, run_id: str, digest: str) -> None:
-        """Note the MLflow run of a thing (`kind`: point, curve or sweep) and what it holds."""
-        with self._transaction() as db:
-            db.execute(
-                "insert or replace into tracked values (?, ?, ?, ?)", (kind, key, run_id, digest)
-            )
 
     def _bodies(self, table: str, point: str) -> list[dict[str, Any]]:
         rows = self._read(f"select body from {table} where point = ? order by sample", point)

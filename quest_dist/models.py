@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SOURCES = ("bundled", "hub", "local")
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float32")
 KEYS = {
     "source": "bundled",
     "repo": None,
@@ -133,7 +133,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def load(settings: Mapping[str, Any], device: str | None = None) -> LoadedModel:
-    """Load a configured model onto `device` (default: the first GPU, or the CPU without one)."""
+    """Load a configured model onto `device` (default: the CPU, where this version's kernels are)."""
     import torch
     import transformers
     from safetensors import SafetensorError
@@ -147,7 +147,7 @@ def load(settings: Mapping[str, Any], device: str | None = None) -> LoadedModel:
         where = _local(read["path"])
     else:
         where, extra = read["repo"], {"revision": read["revision"]}
-    placed = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    placed = torch.device(device or "cpu")
     # Bars of a hundred weights say nothing in a worker, and cover the sweep's own.
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()

@@ -55,7 +55,7 @@ def test_the_right_continuation_scores_full_marks_and_none_scores_nothing(name):
     sample = built.sample(0, tiny_language(max_length=4096))
     [answer] = sample.answers
     said = (
-        f" Oldtown. Under the bridge of Oldtown they had hidden a {answer}."
+        f" Oldtown. The village of Oldtown is shaped like a {answer}."
         if name == "hotpotqa"
         else answer
     )
@@ -93,7 +93,7 @@ def test_answers_are_hardly_ever_repeated(name):
 def test_records_are_stable():
     """Golden: a change here needs a higher VERSION, or old and new results would be mixed."""
     texts = [json.dumps(record(name, 3), sort_keys=True) for name in sorted(FAMILIES)]
-    assert hashlib.sha256("".join(texts).encode()).hexdigest()[:12] == "0"
+    assert hashlib.sha256("".join(texts).encode()).hexdigest()[:12] == "fa430ed06b37"
 
 
 def test_identity_and_mistakes():

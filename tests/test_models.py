@@ -14,6 +14,8 @@ from tiny_language import tiny_tokenizer
 from tiny_models import tiny
 
 from quest_dist import bundled, models
+from quest_dist.tasks.passkey import Passkey
+from quest_dist.tasks.task import Outcome
 
 BUNDLED = {"source": "bundled", "chat": "template", "max_length": 8192}
 
@@ -88,7 +90,7 @@ def test_identity_is_content_not_place(local, tmp_path):
         (moved / file.name).write_bytes(file.read_bytes())
     assert models.identity(settings(moved, label="x", shape={"layers": 4})) == here
     assert str(local) not in str(here)
-    assert models.identity(settings(local, dtype="float16")) != here
+    assert models.identity(settings(local, dtype="bfloat16")) != here
     weights = bytearray((moved / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (moved / "model.safetensors").write_bytes(bytes(weights))
@@ -202,3 +204,16 @@ def test_the_bundled_model_is_identified_by_its_weights():
     identity = models.identity(BUNDLED)
     assert identity["weights"] == bundled.content()
     assert models.identity({**BUNDLED, "label": "other"}) == identity
+
+
+@needs_bundled
+@pytest.mark.slow
+def test_the_bundled_model_finds_a_passkey():
+    loaded = models.load(BUNDLED, device="cpu")
+    task = Passkey(length=600)
+    for index in range(2):
+        sample = task.sample(index, loaded.language)
+        ids = torch.tensor([sample.context + sample.tail])
+        out = loaded.model.generate(ids, max_new_tokens=8, do_sample=False)
+        text = loaded.language.decode(out[0, ids.shape[1] :].tolist())
+        assert task.score(sample, Outcome(text)) == 100.0

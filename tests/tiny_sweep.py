@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from quest_dist import compose, launch
+from quest_dist import closing, compose, launch
 from quest_dist.ledger import Ledger
 from quest_dist.plan import Point
 from quest_dist.prepare import prepare
@@ -64,6 +64,6 @@ def table(output_dir: Path) -> str:
 
 if __name__ == "__main__":
     try:
-        sys.exit(run(Path(sys.argv[1]), *sys.argv[2:], out=Console(width=120)))
+        sys.exit(run(Path(sys.argv[1]), *sys.argv[2:], out=closing.console()))
     except ValueError as error:
         sys.exit(json.dumps({"error": str(error)}))

@@ -113,16 +113,16 @@ def multifieldqa_en(rng: random.Random) -> Made:
 
 
 def hotpotqa(rng: random.Random) -> Made:
-    """Two facts: where somebody was born, and what is hidden in that village."""
+    """Two facts: where somebody was born, and what that village looks like."""
     name, place, what = rng.choice(words.FIRST_NAMES), words.place_name(rng), words.thing(rng)
     lead = f"The baker {name} was born in the village of"
-    facts = [f"{lead} {place}.", f"Under the bridge of {place} they had hidden a {what}."]
+    facts = [f"{lead} {place}.", f"The village of {place} is shaped like a {what}."]
     rng.shuffle(facts)
     return Made(
         facts=facts,
         depths=depths(rng, 2),
-        question="What had they hidden under the bridge of the village in which the baker "
-        f"{name} was born?\nAnswer: {lead}",
+        question=f"What is the village shaped like in which the baker {name} was born?\n"
+        f"Answer: {lead}",
         answers=[what],
     )
 
@@ -192,12 +192,12 @@ FAMILIES: Mapping[str, Family] = {
     "hotpotqa": Family(
         _form(
             "The following are given passages.\n{context}\n\n"
-            "Question: What stands behind the gate of the castle in which the painter Tom works?\n"
+            "Question: What is the castle built of in which the painter Tom works?\n"
             "Answer: The painter Tom works in the castle of Oldtown. "
-            "Behind the gate of Oldtown there stands a plain stone.\n\n"
+            "The castle of Oldtown is built of plain stone.\n\n"
             "Question: {input}",
             20,
-            "they had hidden a",
+            "is shaped like a",
         ),
         filler.STORY,
         hotpotqa,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+PROBE = 64
+"""Sentences whose size the first estimate is drawn from."""
+
 
 def largest(tokens: Callable[[int], int], limit: int, key: str) -> int:
     """Return the largest n >= 0 with tokens(n) <= limit, for a function that grows with n.
@@ -16,17 +19,19 @@ def largest(tokens: Callable[[int], int], limit: int, key: str) -> int:
         raise ValueError(
             f"{key}={limit} is less than the {empty} tokens of a prompt without filler"
         )
-    probe = 64
-    low, high = 0, None
-    guess = max(1, int((limit - empty) * probe / max(1, tokens(probe) - empty)))
-    step = 1
-    while high is None or high - low > 1:
-        if tokens(guess) <= limit:
-            low = guess
-            guess = low + step if high is None else (low + high) // 2
-        else:
-            high = guess
-            guess = max(low, high - step) if step < high - low else (low + high) // 2
-            guess = max(guess, low + 1) if high - low > 1 else guess
-        step *= 2
+    guess = int((limit - empty) * PROBE / max(1, tokens(PROBE) - empty))
+    low, step = 0, 4
+    if tokens(guess) <= limit:
+        low = guess
+        while tokens(low + step) <= limit:
+            low, step = low + step, 2 * step
+        high = low + step
+    else:
+        high = guess
+        while high > step and tokens(high - step) > limit:
+            high, step = high - step, 2 * step
+        low = max(0, high - step)
+    while high - low > 1:  # `low` fits and `high` does not
+        middle = (low + high) // 2
+        low, high = (middle, high) if tokens(middle) <= limit else (low, middle)
     return low

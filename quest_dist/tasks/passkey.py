@@ -91,8 +91,8 @@ class Passkey:
         chat = self.chat and self.protocol.chat
         if self.length + self.max_new_tokens > language.max_length:
             raise ValueError(
-                f"task.length={self.length} + {self.max_new_tokens} tokens to generate is more than "
-                f"model.max_length={language.max_length}"
+                f"task.length={self.length} + {self.max_new_tokens} tokens to generate is more "
+                f"than model.max_length={language.max_length}"
             )
 
         def tokens(sentences: int) -> int:

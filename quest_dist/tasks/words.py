@@ -10,7 +10,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 COLOURS = _words(
-    """amber black blue bronze brown copper cream crimson golden green grey lilac navy pink purple
+    """black blue bronze brown copper cream crimson golden green grey lilac navy pink purple
     red scarlet silver turquoise violet white yellow"""
 )
 ANIMALS = _words(
@@ -54,7 +54,7 @@ def place_name(rng: random.Random) -> str:
 
 
 def things(rng: random.Random, count: int) -> list[str]:
-    """Return coloured objects out of about twelve hundred, no two of a colour or of a kind."""
+    """Return coloured objects out of more than a thousand, no two of a colour or of a kind."""
     pairs = zip(rng.sample(COLOURS, count), rng.sample(OBJECTS, count), strict=True)
     return [f"{colour} {kind}" for colour, kind in pairs]
 
@@ -65,5 +65,5 @@ def thing(rng: random.Random) -> str:
 
 
 def creature(rng: random.Random) -> str:
-    """Return a coloured animal, one of about thirteen hundred."""
+    """Return a coloured animal, one of more than a thousand."""
     return f"{rng.choice(COLOURS)} {rng.choice(ANIMALS)}"
