@@ -84,7 +84,7 @@ def paths(files: Iterable[Path], look: Iterable[str], out: Console) -> None:
 
 def _panel(panel: Panel) -> Table:
     table = Table(title=f"{panel.task} · {panel.model} · {panel.metric}", title_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     flat = any(line.flat is not None for line in panel.lines)
     if flat:
         table.add_column("no budget", justify="right")
@@ -110,8 +110,13 @@ def _cell(row: Row | None) -> str:
     digits = 2 if row.metric == "perplexity" else 1
     text = f"{row.score:.{digits}f}"
     if not math.isnan(row.low):
-        text += f" [{row.low:.{digits - 1}f}, {row.high:.{digits - 1}f}]"
+        text += f" [{_bound(row, row.low)}, {_bound(row, row.high)}]"
     return text if row.status == "finished" else f"{text} ({row.n}/{row.n_expected})"
+
+
+def _bound(row: Row, value: float) -> str:
+    # An interval of a perplexity from few samples can reach into the millions.
+    return f"{value:.3g}" if row.metric == "perplexity" else f"{value:.0f}"
 
 
 def _short(path: Path) -> str:

@@ -50,6 +50,8 @@ def run(
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
         launched = provenance or Provenance()
+        if launched.config:
+            launched.save(sweep.directory / "hydra")
         tracker = _tracker(sweep, ledger, launched) if sweep.tracking["enabled"] else None
         finished = True
         with _following(sweep, ledger, tracker) as changed:

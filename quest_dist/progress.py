@@ -112,7 +112,9 @@ class Progress:
             self._line = now
             where = place if index is None else f"{place} sample {index}"
             self.console.print(
-                f"{self._status()}; {where}; {self._line_of_means(place)}", highlight=False
+                f"{self._status()}; {where}; {self._line_of_means(place)}",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def _status(self) -> str:
@@ -135,7 +137,7 @@ class Progress:
         budgets = sorted({p.budget for p in members if p.budget is not None})
         table = Table("mean so far", title=place, title_justify="left", box=None)
         for budget in [None, *budgets]:
-            table.add_column("full" if budget is None else str(budget), justify="right")
+            table.add_column("no budget" if budget is None else str(budget), justify="right")
         for method in dict.fromkeys(p.method.label for p in members):
             cells = [self._cell(members, method, budget) for budget in [None, *budgets]]
             table.add_row(method, *cells)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ class Provenance:
 
     command: str = ""
     config: str = ""
+    overrides: tuple[str, ...] = ()
     source: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
 
@@ -27,7 +30,15 @@ class Provenance:
     def here(cls, arguments: Sequence[str], config: str) -> Provenance:
         """Return what is true of this process and machine."""
         command = shlex.join(["python", "-m", "quest_dist.sweep", *arguments])
-        return cls(command, config, git(), hardware())
+        return cls(command, config, tuple(arguments), git(), hardware())
+
+    def save(self, directory: Path) -> None:
+        """Keep config.yaml and overrides.yaml in a folder named by the time, as Hydra would."""
+        folder = directory / time.strftime("%Y%m%d-%H%M%S")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(self.config, encoding="utf-8")
+        lines = (f"- {json.dumps(override)}\n" for override in self.overrides)
+        (folder / "overrides.yaml").write_text("".join(lines), encoding="utf-8")
 
 
 def git() -> dict[str, str]:

@@ -81,8 +81,11 @@ def run(
         return _rounds(units, cluster, on_report, on_failure, Inline(workers, run_unit))
     from quest_dist.schedule_ray import Tuned
 
-    with Tuned(workers, cluster, storage, run_unit) as tuned:
-        return _rounds(units, cluster, on_report, on_failure, tuned)
+    try:
+        with Tuned(workers, cluster, storage, run_unit) as tuned:
+            return _rounds(units, cluster, on_report, on_failure, tuned)
+    except KeyboardInterrupt:  # while Ray was starting or stopping
+        return False
 
 
 def _rounds(

@@ -14,6 +14,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,21 +58,23 @@ class Tuned:
 
     def __enter__(self) -> Tuned:
         """Connect, and refuse workers that no node could ever hold."""
-        if not ray.is_initialized():
-            self._started = True
-            if self.cluster.address is None:
-                self._start()
-            else:
-                self._attach(self.cluster.address)
         try:
+            if not ray.is_initialized():
+                self._started = True
+                if self.cluster.address is None:
+                    self._start()
+                else:
+                    self._attach(self.cluster.address)
             check_fits(self.workers, _nodes())
-        except ValueError:
+        except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop the private cluster; from one that was attached to, only disconnect."""
+        with contextlib.suppress(OSError):  # never made, or not empty
+            self.storage.rmdir()
         if self._started:
             ray.shutdown()
 
@@ -128,6 +131,7 @@ class Tuned:
                 [need | ({"GPU": workers.gpus} if workers.gpus else {})]
             )
 
+        name = f"round-{os.getpid()}-{self._rounds}"
         tuner = tune.Tuner(
             tune.with_resources(evaluate, bundle),
             param_space=config,
@@ -137,7 +141,7 @@ class Tuned:
                 trial_dirname_creator=lambda trial: f"{trial.trial_id}",
             ),
             run_config=tune.RunConfig(
-                name=f"round-{os.getpid()}-{self._rounds}",
+                name=name,
                 storage_path=str(self.storage),
                 verbose=0,
                 callbacks=[Delivery(current), Quiet()],
@@ -146,8 +150,11 @@ class Tuned:
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             ),
         )
-        with _quiet():
-            tuner.fit()
+        try:
+            with _quiet():
+                tuner.fit()
+        finally:
+            shutil.rmtree(self.storage / name, ignore_errors=True)
         reached = set(current.broken)
         for unit in current.units:
             if current.delivered.get(unit.key, set()) >= set(unit.samples):
@@ -262,11 +269,9 @@ def _check_version() -> None:
     try:
         found = ray.get(ray.remote(num_cpus=0)(version).remote(), timeout=120)
     except Exception as error:
-        ray.shutdown()
         last = str(error).strip().splitlines()[-1]
         raise ValueError(f"cluster: its workers cannot import quest_dist ({last})") from error
     if found != quest_dist.__version__:
-        ray.shutdown()
         raise ValueError(
             f"cluster: its workers have quest_dist {found}, this driver {quest_dist.__version__}"
         )

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FINISHED
         return _hydra(given)
     except KeyboardInterrupt:
-        return _mistake("interrupted before any work started", INCOMPLETE)
+        return _mistake("interrupted; the same command again goes on from here", INCOMPLETE)
     except ValueError as error:
         if full_errors:
             raise
@@ -71,12 +71,10 @@ def _hydra(arguments: list[str]) -> int:
         except ValueError as error:  # kept from Hydra, which would add words of its own
             mistake = error
 
-    # A plan writes nothing, not even Hydra's record of the launch.
-    extra = ["hydra.run.dir=.", "hydra.output_subdir=null"] if _plans(arguments) else []
     # Hydra would print and exit by itself; the errors are ours to explain.
     wanted = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    saved, sys.argv = sys.argv, [sys.argv[0], *arguments, *extra]
+    saved, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(find("conf")), config_name="config")(task)()
     finally:
@@ -87,10 +85,6 @@ def _hydra(arguments: list[str]) -> int:
     if mistake is not None:
         raise mistake
     return status
-
-
-def _plans(arguments: Sequence[str]) -> bool:
-    return any(a.lower() in ("plan=true", "plan=yes", "plan=on", "plan=1") for a in arguments)
 
 
 def _mistake(text: str, status: int = MISTAKE) -> int:

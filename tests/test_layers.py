@@ -28,7 +28,7 @@ LAYERS = (
     ("suggest", "folders", "spec", "plan", "cluster", "timing"),
     ("_cpu", "backend", "arguments", "ops", "prefill", "reference", "tasks/", "ledger", "cost", "stats"),
     ("pool", "batch", "methods/", "bundled", "table"),
-    ("attention", "models", "projection"),
+    ("attention", "models", "overview", "projection"),
     ("engine", "figures/", "mlflow_store", "tracker", "provenance"),
     ("worker", "prepare"),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),

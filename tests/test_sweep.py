@@ -71,6 +71,14 @@ def test_options_hold_one_key_their_own_name() -> None:
         assert sorted(config[group]) == sorted(names)
 
 
+def test_a_folder_of_ones_own_adds_options(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("mine: {source: local, path: /models/mine}")
+    config = compose.composed([f"hydra.searchpath=[file://{tmp_path}]", "+sweep=smoke"])
+    assert config["model"]["mine"] == {"source": "local", "path": "/models/mine"}
+    assert "smollm2" in config["model"]
+
+
 def test_the_paper_profile_means_other_models_data_and_budgets() -> None:
     config = compose.composed(["+sweep=longbench_budgets", "profile=paper"])
     assert config["grid"]["model"] == ["longchat_7b"]
@@ -138,6 +146,7 @@ def test_mistakes_are_one_line_and_status_2(
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert re.search(message, err), err
+    assert list(tmp_path.iterdir()) == []  # nothing is written before all is checked
 
 
 def test_malformed_data_is_named_by_file_and_line(
