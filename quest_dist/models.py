@@ -133,7 +133,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def load(settings: Mapping[str, Any], device: str | None = None) -> LoadedModel:
-    """Load a configured model onto `device` (default: the CPU, where this version's kernels are)."""
+    """Load a configured model onto `device` (default: the CPU, where the kernels are)."""
     import torch
     import transformers
     from safetensors import SafetensorError

@@ -124,8 +124,8 @@ def smallest_lossless_budget(rows: Iterable[Row], delta: float) -> int | None:
     """Smallest budget of one curve that loses less than `delta` against full, surely.
 
     Surely: the whole paired interval of at least FEWEST_FOR_CLAIM samples lies on the good side of
-    -delta, and the estimate of no larger budget lies on the bad side of it. None where no budget is resolved. `delta` is in points (for
-    perplexity in percent).
+    -delta, and the estimate of no larger budget lies on the bad side of it. None where no budget is
+    resolved. `delta` is in points (for perplexity in percent).
     """
     curve = sorted((row for row in rows if row.budget is not None), key=lambda row: row.budget or 0)
     found: int | None = None

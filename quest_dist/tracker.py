@@ -105,7 +105,9 @@ class Tracker:
     def _open(self) -> Store:
         """Reach the store and learn which runs it has; free when that is done."""
         if self._store is None:
-            artifacts = self.output_dir / "mlartifacts" / self.experiment if self.local else None
+            # A server keeps artifacts itself; a bare database would put them where we stand.
+            own = not self.uri.startswith(("http://", "https://", "databricks"))
+            artifacts = self.output_dir / "mlartifacts" / self.experiment if own else None
             self.output_dir.mkdir(parents=True, exist_ok=True)
             client = mlflow_store.connect(self.uri)
             self._shown = {}

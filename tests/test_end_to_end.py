@@ -1,4 +1,4 @@
-"""The whole path with real parts: a model on disk, compiled kernels, Ray, ledger, MLflow, a figure."""
+"""The whole path with real parts: model, compiled kernels, Ray, ledger, MLflow, a figure."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def test_a_sweep_runs_through_ray_and_inline_to_equal_records(model: str, tmp_pa
     for backend in ("inline", "local"):
         out = tmp_path / backend
         extra = ["tracking=none"] if backend == "local" else []
-        config = compose.composed(
-            [*GRID, model, f"cluster={backend}", f"output_dir={out}", *extra]
-        )
+        config = compose.composed([*GRID, model, f"cluster={backend}", f"output_dir={out}", *extra])
         assert launch.run(config) == launch.FINISHED
     inline, ray = contents(tmp_path / "inline"), contents(tmp_path / "local")
     assert inline == ray

@@ -25,8 +25,9 @@ DOORS = {
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
-    ("suggest", "folders", "spec", "plan", "cluster", "timing"),
-    ("_cpu", "backend", "arguments", "ops", "prefill", "reference", "tasks/", "ledger", "cost", "stats"),
+    ("suggest", "folders", "spec", "plan", "cluster"),
+    ("_cpu", "backend", "arguments", "ops", "prefill", "reference"),
+    ("tasks/", "ledger", "cost", "stats"),
     ("pool", "batch", "methods/", "bundled", "table"),
     ("attention", "models", "overview", "projection"),
     ("engine", "figures/", "mlflow_store", "tracker", "provenance"),

@@ -55,11 +55,15 @@ class Report:
 
 def machine() -> dict[str, Any]:
     """The processor, its logical CPUs in use, and the system."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ] if Path("/proc/cpuinfo").exists() else []
+    names = (
+        [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     return {
         "processor": names[0] if names else platform.processor(),
         "cpus": os.cpu_count(),
