@@ -93,12 +93,12 @@ def _panel(panel: Panel) -> Table:
     for line in panel.lines:
         shown = [line.flat] if flat else []
         shown += [line.by_budget.get(budget) for budget in panel.budgets]
-        cells = [escape(_cell(row)) for row in shown]
+        cells = [_cell(row) for row in shown]
         table.add_row(line.label, *cells)
     counted = sorted({row.n for line in panel.lines for row in line.by_budget.values()})
     if counted:
         span = str(counted[0]) if len(counted) == 1 else f"{counted[0]} to {counted[-1]}"
-        table.caption = f"{span} samples; \\[95 % interval]"
+        table.caption = f"{span} samples; beside each score its 95 % interval"
     return table
 
 
@@ -106,11 +106,11 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     if row.n == 0:
-        return row.status
+        return escape(row.status)
     digits = 2 if row.metric == "perplexity" else 1
     text = f"{row.score:.{digits}f}"
     if not math.isnan(row.low):
-        text += f" [{_bound(row, row.low)}, {_bound(row, row.high)}]"
+        text += f" [dim]{_bound(row, row.low)}\u2013{_bound(row, row.high)}[/dim]"
     return text if row.status == "finished" else f"{text} ({row.n}/{row.n_expected})"
 
 
