@@ -95,11 +95,22 @@ def _panel(panel: Panel) -> Table:
         shown += [line.by_budget.get(budget) for budget in panel.budgets]
         cells = [_cell(row) for row in shown]
         table.add_row(line.label, *cells)
-    counted = sorted({row.n for line in panel.lines for row in line.by_budget.values()})
-    if counted:
-        span = str(counted[0]) if len(counted) == 1 else f"{counted[0]} to {counted[-1]}"
-        table.caption = f"{span} samples; beside each score its 95 % interval"
+    table.caption = _caption([row for line in panel.lines for row in line.rows()])
     return table
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    counted = sorted({row.n for row in rows if row.n})
+    if not counted:
+        return "no results"
+    span = str(counted[0]) if len(counted) == 1 else f"{counted[0]} to {counted[-1]}"
+    text = f"{span} sample{'' if counted == [1] else 's'}"
+    if any(not math.isnan(row.low) for row in rows):
+        text += "; beside each score its 95 % interval"
+    cut = max(row.truncated for row in rows)
+    if cut:
+        text += f"; {cut} cut to fit the model"
+    return text
 
 
 def _cell(row: Row | None) -> str:

@@ -55,6 +55,7 @@ def average(table: Sequence[Row]) -> list[Row]:
                 delta=delta,
                 delta_low=delta_low,
                 delta_high=delta_high,
+                truncated=sum(r.truncated for r in members),
                 status=min((r.status for r in members), key=STATUSES.index),
             )
         )

@@ -219,6 +219,10 @@ class Line:
     by_budget: Mapping[int, Row]
     flat: Row | None
 
+    def rows(self) -> list[Row]:
+        """All its rows."""
+        return [*([self.flat] if self.flat else []), *self.by_budget.values()]
+
 
 @dataclass(frozen=True)
 class Panel:

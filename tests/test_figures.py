@@ -11,7 +11,7 @@ import pytest
 import synthetic_sweep as synthetic
 
 from quest_dist import figures
-from quest_dist.figures import grid, paper, style
+from quest_dist.figures import grid, panels, paper, style
 from quest_dist.figures.caption import Caption, lacking, samples, small_print
 from quest_dist.table import Row
 
@@ -93,6 +93,15 @@ def test_the_caption_counts_what_it_shows(tmp_path: Path) -> None:
     assert samples([replace(r, n_expected=9) for r in uneven]) == "n = 2 to 4 of 9 samples a point"
     assert samples([replace(r, n=0) for r in rows]) == "no samples yet"
     assert all(len(line) <= 168 for line in small_print(rows * 9, CAPTION, ["", "word " * 90]))
+
+
+def test_a_perplexity_shows_how_far_it_is_from_full_on_the_same_texts() -> None:
+    row = dot(metric="perplexity", score=12.0, low=4.0, high=40.0, delta=2.0)
+    row = replace(row, delta_low=1.5, delta_high=3.0)
+    assert panels.interval(row) == (11.5, 13.0)
+    assert panels.interval(replace(row, delta=math.nan)) == (4.0, 40.0)
+    assert panels.interval(replace(row, metric="f1")) == (4.0, 40.0)
+    assert panels.entry("fig06", row, "Quest")["interval"] == "difference from full"
 
 
 def dot(**changes: object) -> Row:

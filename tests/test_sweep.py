@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import math
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import synthetic_sweep as synthetic
 import tiny_sweep
 from rich.console import Console
 
-from quest_dist import compose, launch, sweep, welcome
+from quest_dist import closing, compose, launch, sweep, welcome
 from quest_dist.folders import find
 from quest_dist.plan import Point
 from quest_dist.prepare import prepare
@@ -232,3 +236,17 @@ def test_closing_words_list_scores_files_and_failures(
     last = said.strip().splitlines()[-1]
     assert last.startswith("failed: passkey full")
     assert last.endswith("ValueError: wrong")
+
+
+def test_a_closing_table_counts_samples_and_cuts(tmp_path: Path) -> None:
+    rows = synthetic.sweep(tmp_path, synthetic.points(["qasper"]), 3)
+    for shown, said in (
+        (rows, "3 samples; beside each score its 95 % interval"),
+        ([replace(r, truncated=2) for r in rows], "its 95 % interval; 2 cut to fit the model"),
+        ([replace(r, n=1, low=math.nan) for r in rows], " 1 sample "),
+        ([replace(r, n=1 + (r.budget == 512)) for r in rows], "1 to 2 samples"),
+        ([replace(r, n=0) for r in rows], "no results"),
+    ):
+        out = Console(file=(text := io.StringIO()), width=120)
+        closing.results(shown, out)
+        assert said in text.getvalue()

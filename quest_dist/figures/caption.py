@@ -54,7 +54,7 @@ def samples(rows: Sequence[Row]) -> str:
     if not counts:
         return "no samples yet"
     if counts == [wanted] or (len(counts) == 1 and wanted <= counts[0]):
-        return f"n = {counts[0]} samples a point"
+        return f"n = {counts[0]} {'sample' if counts[0] == 1 else 'samples'} a point"
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"n = {span} of {wanted} samples a point"
 

@@ -25,9 +25,7 @@ def page(
     across = len(found) if len(found) < 4 else 2 if len(found) == 4 else 3
     down = -(-len(found) // across)
     verdict = paper.overall(name, rows)
-    sure = any(not math.isnan(row.low) for row in rows)
-    bars = "Bars: 95 % intervals over samples" if sure else "One sample a point has no interval"
-    notes = [bars]
+    notes = [_bars(rows)]
     if name in paper.reference():
         notes.append(f"Against the paper: {verdict}.")
     handles = panels.legend(found)
@@ -65,6 +63,14 @@ def page(
         borderaxespad=0.2,
     )
     return figure, plotted
+
+
+def _bars(rows: Sequence[Row]) -> str:
+    if all(math.isnan(row.low) for row in rows):
+        return "One sample a point has no interval"
+    if all(panels.paired(row) for row in rows if row.n):
+        return "Bars: 95 % intervals of the difference from full on the same samples"
+    return "Bars: 95 % intervals over samples"
 
 
 def _columns(labels: Sequence[str]) -> int:

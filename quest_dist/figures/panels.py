@@ -47,6 +47,24 @@ def draw(axes: Axes, panel: Panel, figure: str, title: str, apart: float = 0.1) 
     return plotted
 
 
+def interval(row: Row) -> tuple[float, float]:
+    """The ends of a mark's bar.
+
+    Texts differ far more in perplexity than methods do on one text, so a perplexity's bar is the
+    interval of its difference from full on the same samples, put at full's value on them; a
+    score's bar (and a perplexity's without full beside it) is its own interval.
+    """
+    if not paired(row):
+        return row.low, row.high
+    full = row.score - row.delta
+    return full + row.delta_low, full + row.delta_high
+
+
+def paired(row: Row) -> bool:
+    """Whether a row's bar is that of its difference from full."""
+    return row.metric == "perplexity" and not math.isnan(row.delta)
+
+
 def legend(panels: Sequence[Panel]) -> list[Line2D]:
     """One handle a line over all panels, in the order baselines, Quest, ours, full."""
     found: dict[str, Line2D] = {}
@@ -79,6 +97,7 @@ def paper_handle() -> Line2D:
 def entry(figure: str, row: Row, label: str, **changes: Any) -> dict[str, Any]:
     """A CSV line: what was plotted for a point, and the verdict on it."""
     verdict = paper.judge(figure, row)
+    low, high = interval(row)
     return {
         "series": "measured",
         "task": row.task,
@@ -89,8 +108,9 @@ def entry(figure: str, row: Row, label: str, **changes: Any) -> dict[str, Any]:
         "budget": row.budget,
         "metric": row.metric,
         "score": row.score,
-        "low": row.low,
-        "high": row.high,
+        "low": low,
+        "high": high,
+        "interval": "difference from full" if paired(row) else "score",
         "n": row.n,
         "n_expected": row.n_expected,
         "status": row.status,
@@ -102,7 +122,14 @@ def entry(figure: str, row: Row, label: str, **changes: Any) -> dict[str, Any]:
 
 def paper_entry(figure: str, row: Row, label: str, value: float) -> dict[str, Any]:
     """A CSV line of a paper's mark."""
-    blank = {"low": math.nan, "high": math.nan, "n": None, "n_expected": None, "status": ""}
+    blank = {
+        "low": math.nan,
+        "high": math.nan,
+        "interval": "",
+        "n": None,
+        "n_expected": None,
+        "status": "",
+    }
     return entry(figure, row, label, series="paper", score=value, **blank)
 
 
@@ -110,9 +137,10 @@ def _level(axes: Axes, line: Line, row: Row, figure: str, budgets: list[int]) ->
     if not row.n:
         return []
     axes.axhline(row.score, color=style.INK, lw=1.2, ls=(0, (5, 2.5)), zorder=6)
-    if not math.isnan(row.low):
+    low, high = interval(row)
+    if low < high:
         left = axes.get_xlim()[0]
-        axes.vlines([left], row.low, row.high, color=style.INK, lw=2.4, alpha=0.55, clip_on=False)
+        axes.vlines([left], low, high, color=style.INK, lw=2.4, alpha=0.55, clip_on=False)
     plotted = [entry(figure, row, line.label)]
     value = paper.judge(figure, row).paper
     if value is not None:
@@ -132,11 +160,11 @@ def _curve(axes: Axes, line: Line, figure: str, apart: float, dash: Any) -> Plot
     axes.plot(
         x, y, color=seen.color, lw=width, ls=dash, marker=seen.marker, ms=size, mew=0, zorder=over
     )
-    sure = [(at, row) for at, row in zip(x, rows, strict=True) if not math.isnan(row.low)]
+    ends = [interval(row) for row in rows]
     axes.vlines(
-        [at for at, _ in sure],
-        [row.low for _, row in sure],
-        [row.high for _, row in sure],
+        x,
+        [low for low, _ in ends],
+        [high for _, high in ends],
         color=seen.color,
         lw=1.5 if seen.strong else 0.9,
         alpha=0.5,
