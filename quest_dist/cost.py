@@ -15,9 +15,9 @@ from typing import Any
 
 from quest_dist.plan import Point, Unit
 
-CPU_FLOPS = 1.2e11  # a core with bf16 matrix units, in long prefills
-CPU_BYTES = 8e9  # a core, reading weights and pages
-CPU_ROW_LAYER = 2e-4  # seconds a row, layer and step: selection and attention calls
+CPU_FLOPS = 3.2e11  # a core with bf16 matrix units, in long prefills
+CPU_BYTES = 1.2e10  # a core, reading weights and pages
+CPU_ROW_LAYER = 8e-5  # seconds a row, layer and step: selection and attention calls
 GPU_FLOPS = 2e14
 GPU_BYTES = 1.5e12
 GPU_ROW_LAYER = 1e-5

@@ -136,12 +136,22 @@ def _tasks(
             task = specs[name].build(data=records, seed=0, protocol=dict(protocol.settings))
             count = task.count()
             data[name] = plan.with_content(source, task.identity())
+            _check_length(config, task.needs())
         except ValueError as error:
             raise ValueError(f"task {name}: {error}") from error
         if count < 1:
             raise ValueError(f"task {name}: there are no samples")
         tasks[name] = (count, task.metric)
     return tasks, data
+
+
+def _check_length(config: Mapping[str, Any], needs: int | None) -> None:
+    for name in config["grid"]["model"]:
+        holds = config["model"][name].get("max_length")  # null: the worker learns it by loading
+        if needs is not None and holds is not None and needs > holds:
+            raise ValueError(
+                f"a sample takes {needs} tokens, more than model.{name}.max_length={holds}"
+            )
 
 
 def _check_methods(points: Sequence[Point]) -> None:

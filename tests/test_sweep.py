@@ -124,6 +124,14 @@ def test_the_paper_profile_means_other_models_data_and_budgets() -> None:
         (["+sweep=smoke", "grid.budget=64"], r"expected a list, as in 'grid.budget=\[64\]'"),
         (["+sweep=smoke", "grid.budget=[1"], r"cannot read the override 'grid.budget=\[1'"),
         (["+sweep=smoke", "grid.dense_layers=[99]"], r"dense_layers=99: smollm2 has 30 layers"),
+        (
+            ["+sweep=smoke", "task.passkey.length=9999"],
+            r"task passkey: a sample takes 10009 tokens, more than model.smollm2.max_length=8192",
+        ),
+        (
+            ["+sweep=pg19", "task.pg19.prefill=9000"],
+            r"task pg19: a sample takes 9065 tokens, more than model.smollm2.max_length=8192",
+        ),
         (["+sweep=smoke", "limit=0"], r"limit=0: must be at least 1"),
         (["+sweep=smoke", "name=a/b"], r"name='a/b'"),
         (["+sweep=smoke", "figures=[fig7]"], r"no figure 'fig7'; did you mean 'fig07'"),

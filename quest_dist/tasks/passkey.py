@@ -84,16 +84,16 @@ class Passkey:
         """Return `samples`: there is no end of keys."""
         return self.samples
 
+    def needs(self) -> int:
+        """Return `length` and the tokens to generate: a shorter passkey is another test."""
+        return self.length + self.max_new_tokens
+
     def sample(self, index: int, language: Language) -> Sample:
         """Build the prompt with key and depth of `index`."""
         key = random.Random(f"passkey {self.seed} {index}").randint(10000, 99999)
         depth = (index % self.depths + 0.5) / self.depths
         chat = self.chat and self.protocol.chat
-        if self.length + self.max_new_tokens > language.max_length:
-            raise ValueError(
-                f"task.length={self.length} + {self.max_new_tokens} tokens to generate is more "
-                f"than model.max_length={language.max_length}"
-            )
+        language.hold(self.needs())
 
         def tokens(sentences: int) -> int:
             return language.length(passkey_text(key, depth, sentences), chat=chat)

@@ -71,17 +71,18 @@ class PG19:
         """Return the number of segments, capped by `samples`."""
         return min(self.samples, len(self.segments()))
 
+    def needs(self) -> int:
+        """Return the tokens of a sample.
+
+        One more than is scored: the first token of the tail is predicted by the dense prefill.
+        """
+        return max(1, self.prefill) + self.tokens + 1
+
     def sample(self, index: int, language: Language) -> Sample:
         """Cut segment `index` into a prefilled beginning and scored tokens."""
         title, text = self.segments()[index]
-        head = max(1, self.prefill)
-        if head + self.tokens + 1 > language.max_length:
-            raise ValueError(
-                f"task.prefill={self.prefill} + task.tokens={self.tokens} is more than "
-                f"model.max_length={language.max_length}"
-            )
-        # One more than is scored: the first token of the tail is predicted by the dense prefill.
-        size = head + self.tokens + 1
+        head, size = max(1, self.prefill), self.needs()
+        language.hold(size)
         ids = (*language.opening(text), *language.encode(text))[:size]
         if len(ids) < size:
             raise ValueError(

@@ -95,6 +95,13 @@ class Language:
     max_prompt: int | None = None
     """Tokens of the unwrapped prompt above which it is cut, where a benchmark states a limit."""
 
+    def hold(self, tokens: int) -> None:
+        """Raise ValueError unless the model holds so many tokens."""
+        if tokens > self.max_length:
+            raise ValueError(
+                f"a sample takes {tokens} tokens, more than model.max_length={self.max_length}"
+            )
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of `text` with nothing added around them."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -80,6 +80,10 @@ class Task(Protocol):
         """Return how many samples there are, capped by the task's `samples` setting."""
         ...
 
+    def needs(self) -> int | None:
+        """Return the tokens a model must hold; None where prompts are cut to what it holds."""
+        ...
+
     def sample(self, index: int, language: Language) -> Sample:
         """Build sample `index` in the tokens of `language`; ValueError where it cannot be built."""
         ...
