@@ -132,6 +132,7 @@ def test_the_paper_profile_means_other_models_data_and_budgets() -> None:
             ["+sweep=pg19", "task.pg19.prefill=9000"],
             r"task pg19: a sample takes 9065 tokens, more than model.smollm2.max_length=8192",
         ),
+        (["+sweep=smoke", "data.tokens=9000"], r"task qasper: a sample takes 90\d\d tokens, more"),
         (["+sweep=smoke", "limit=0"], r"limit=0: must be at least 1"),
         (["+sweep=smoke", "name=a/b"], r"name='a/b'"),
         (["+sweep=smoke", "figures=[fig7]"], r"no figure 'fig7'; did you mean 'fig07'"),

@@ -15,6 +15,8 @@ class Files:
     Books are the `.txt` files of `books`, or else of `<root>/pg19` or of `<root>` itself.
     """
 
+    tokens: int | None = None
+
     def __init__(self, root: str, books: str | None = None) -> None:
         """Name the folder; ValueError where there is none."""
         if not root:

@@ -36,6 +36,8 @@ class Hub:
     `file` and `books_file` may hold {task} and *; `member` names the file inside a zip.
     """
 
+    tokens: int | None = None
+
     def __init__(
         self,
         repo: str = "THUDM/LongBench",

@@ -72,8 +72,9 @@ class LongBench:
             return self.samples
         return there if self.samples is None else min(there, self.samples)
 
-    def needs(self) -> None:
-        """Any model will do: a prompt that is too long is cut by the protocol's rule."""
+    def needs(self) -> int | None:
+        """Return a made prompt's size and the answer's; a real one is cut to what a model holds."""
+        return None if self.data.tokens is None else self.data.tokens + self.max_new_tokens
 
     def sample(self, index: int, language: Language) -> Sample:
         """Build the prompt of record `index`."""

@@ -53,6 +53,11 @@ class Form:
 class Source(Protocol):
     """Records by task name and index."""
 
+    @property
+    def tokens(self) -> int | None:
+        """Return the tokens of every prompt that is made; None where records come as they are."""
+        ...
+
     def identity(self, task: str) -> dict[str, Any]:
         """Return what makes this task's records what they are; goes into every point's key."""
         ...
