@@ -107,8 +107,8 @@ class Tuned:
             )
         except ConnectionError as error:
             raise ValueError(
-                f"cluster.address={address}: no Ray cluster answers there, or it knows another"
-                f" authentication token ({error})"
+                f"cluster.address={address}: no Ray cluster answers there, or it asks for a token,"
+                f" which Ray sends to a named address only with RAY_AUTH_MODE=token ({error})"
             ) from error
         _check_version()
 
