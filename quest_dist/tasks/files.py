@@ -6,16 +6,14 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from quest_dist.tasks.sources import Form, Measure, Record, checked, digest, parse_lines, safe_name
+from quest_dist.tasks.sources import Record, Stored, checked, digest, parse_lines, safe_name
 
 
-class Files:
+class Files(Stored):
     """A folder in LongBench's own layout: `<root>/<task>.jsonl`, one JSON record a line.
 
     Books are the `.txt` files of `books`, or else of `<root>/pg19` or of `<root>` itself.
     """
-
-    tokens: int | None = None
 
     def __init__(self, root: str, books: str | None = None) -> None:
         """Name the folder; ValueError where there is none."""
@@ -32,18 +30,6 @@ class Files:
             parts = [part.encode() for book in self.books() for part in book]
             return {"source": "files", "digest": digest(parts)}
         return {"source": "files", "digest": digest([self._bytes(task)])}
-
-    def count(self, task: str) -> int:
-        """Return the number of the task's records."""
-        return len(self._records(task))
-
-    def record(self, task: str, index: int, seed: int, measure: Measure) -> Record:
-        """Return record `index` of the task's file."""
-        return self._records(task)[index]
-
-    def form(self, task: str) -> Form | None:
-        """Return None: the files are the benchmark's own."""
-        return None
 
     @functools.cache  # noqa: B019 - one source lives as long as its unit
     def books(self) -> list[tuple[str, str]]:

@@ -17,9 +17,8 @@ from typing import Any
 
 from quest_dist.suggest import did_you_mean
 from quest_dist.tasks.sources import (
-    Form,
-    Measure,
     Record,
+    Stored,
     checked,
     digest,
     parse_lines,
@@ -30,13 +29,11 @@ LARGEST = 1 << 31
 """Bytes above which a member of an archive is refused: no task is near it, a zip bomb is."""
 
 
-class Hub:
+class Hub(Stored):
     """LongBench's layout in `repo`, and books in `books_repo`.
 
     `file` and `books_file` may hold {task} and *; `member` names the file inside a zip.
     """
-
-    tokens: int | None = None
 
     def __init__(
         self,
@@ -66,18 +63,6 @@ class Hub:
             return {"source": "hub", "repo": self.books_repo, "digest": digest(parts)}
         parts = [json.dumps(dict(r), sort_keys=True).encode() for r in self._records(task)]
         return {"source": "hub", "repo": self.repo, "digest": digest(parts)}
-
-    def count(self, task: str) -> int:
-        """Return the number of the task's records."""
-        return len(self._records(task))
-
-    def record(self, task: str, index: int, seed: int, measure: Measure) -> Record:
-        """Return record `index` of the task."""
-        return self._records(task)[index]
-
-    def form(self, task: str) -> Form | None:
-        """Return None: the records are the benchmark's own."""
-        return None
 
     @functools.cache  # noqa: B019 - one source lives as long as its unit
     def books(self) -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,6 +78,27 @@ class Source(Protocol):
     def books(self) -> list[tuple[str, str]]:
         """Return (title, text) of every book, for perplexity, in a fixed order."""
         ...
+
+
+class Stored(ABC):
+    """What sources share whose records lie somewhere, in the benchmark's own form."""
+
+    tokens: int | None = None
+
+    def count(self, task: str) -> int:
+        """Return the number of the task's records."""
+        return len(self._records(task))
+
+    def record(self, task: str, index: int, seed: int, measure: Measure) -> Record:
+        """Return record `index` of the task."""
+        return self._records(task)[index]
+
+    def form(self, task: str) -> Form | None:
+        """Return None: the official form."""
+        return None
+
+    @abstractmethod
+    def _records(self, task: str) -> Sequence[Record]: ...
 
 
 def safe_name(task: str) -> str:
