@@ -27,6 +27,7 @@ AVX512 = [
     "-mfma",
     "-mprefer-vector-width=512",
     "-Wno-maybe-uninitialized",  # gcc 12 warns of its own _mm512_undefined_ps
+    "-Wno-uninitialized",
 ]
 ISA_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],

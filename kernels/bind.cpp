@@ -105,6 +105,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("attend", &attend, no_gil);
   m.def("token_scores", &token_scores, no_gil);
   m.def("gather", &gather, no_gil);
+  m.def("prefer_huge_pages", [](Address data, int64_t bytes) {
+    quest::cpu::prefer_huge_pages(at<void>(data), bytes);
+  });
   m.def("prefill_attend", &prefill_attend, no_gil);
   m.def("prefill_workspace", &quest::cpu::prefill_workspace);
   m.def("has_prefill", &quest::cpu::has_prefill);

@@ -72,8 +72,13 @@ def allocate_pages(
     for name, size in {**sizes, "head_dim": head_dim}.items():
         if size < 1:
             raise ValueError(f"allocate_pages: {name} is {size}; expected at least 1")
-    kv = torch.zeros(layers, pages, kv_heads, 2, page_size, head_dim, dtype=dtype)
-    return kv, torch.zeros(layers, pages, kv_heads, 2, head_dim, dtype=dtype)
+    kv = torch.empty(layers, pages, kv_heads, 2, page_size, head_dim, dtype=dtype)
+    meta = torch.empty(layers, pages, kv_heads, 2, head_dim, dtype=dtype)
+    for memory in (kv, meta):
+        if not by_reference():
+            compiled().prefer_huge_pages(memory.data_ptr(), memory.nbytes)
+        memory.zero_()
+    return kv, meta
 
 
 def append(

@@ -1,193 +1,280 @@
+// Attention of one query a row, in one pass over the keys and values.
+//
+// A list's tokens are taken in blocks of kBlock, in list order, with a running softmax; kSplit
+// tokens are a split, which is a task of its own, and splits are merged in order. Blocks and splits
+// are counted in list positions, so equal lists give equal bits, whatever the batch, the threads
+// and the spelling of the list.
+//
+// Where all heads read the same tokens, blocks are outermost and heads inside: memory is then read
+// in its own order (a page of all heads is contiguous), and rows that share their prefix attend to
+// a block together while it is in the nearest cache.
+#include <algorithm>
 #include <cmath>
 
-#include "rows.h"
+#include "lists.h"
 #include "threads.h"
 
 namespace quest {
 namespace cpu {
 namespace {
 
-struct Scratch {
-  std::vector<float> query, rolled, score, sum;
-  std::vector<int64_t> rows;
-  std::vector<uint64_t> listed, united;  // bit t: token t of the row
-};
-
-Scratch& mine() {
-  static thread_local Scratch one;
-  return one;
-}
-
-int64_t popcount(const uint64_t* words, int64_t count) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += __builtin_popcountll(words[i]);
-  return total;
-}
-
-// Turns one list of a row into rows of kv, in list order, refusing what is out of range or twice.
-class Expansion {
- public:
-  Expansion(const Pages& pages, int64_t row, int64_t kv_head, int64_t length, Scratch& s)
-      : p_(pages), row_(row), head_(kv_head), length_(length), s_(s) {}
-
-  int64_t every() {
-    int64_t* rows = scratch(s_.rows, length_);
-    int64_t n = 0;
-    for (int64_t page = 0; page * p_.page_size < length_; ++page) n += page_slots(page, rows + n);
-    return n;
-  }
-
-  int64_t list(const int32_t* index, int64_t count, Unit unit) {
-    const int64_t words = (length_ + 63) / 64;
-    uint64_t* listed = scratch(s_.listed, words);
-    std::memset(listed, 0, static_cast<size_t>(words) * 8);
-    const int64_t limit = unit == Unit::kPages ? (length_ - 1) / p_.page_size + 1 : length_;
-    int64_t* rows = scratch(s_.rows, unit == Unit::kPages ? count * p_.page_size : count);
-    int64_t n = 0, seen_page = -1, seen_base = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t item = index[i];
-      if (item < 0 || item >= limit) refuse_item(unit, item, "is out of range 0..", limit - 1);
-      const int64_t first = unit == Unit::kPages ? item * p_.page_size : item;
-      if (listed[first / 64] >> (first % 64) & 1) refuse_item(unit, item, "is listed twice", -1);
-      if (unit == Unit::kPages) {
-        const int64_t slots = page_slots(item, rows + n);
-        for (int64_t t = first; t < first + slots; ++t) listed[t / 64] |= uint64_t{1} << (t % 64);
-        n += slots;
-      } else {
-        listed[first / 64] |= uint64_t{1} << (first % 64);
-        const int64_t page = item / p_.page_size;
-        if (page != seen_page) {
-          seen_page = page;
-          seen_base = key_row(p_, physical(p_, "attend", row_, page), head_);
-        }
-        rows[n++] = seen_base + (item - page * p_.page_size);
-      }
-    }
-    return n;
-  }
-
- private:
-  int64_t page_slots(int64_t page, int64_t* rows) {
-    const int64_t base = key_row(p_, physical(p_, "attend", row_, page), head_);
-    const int64_t left = length_ - page * p_.page_size;
-    const int64_t slots = left < p_.page_size ? left : p_.page_size;
-    for (int64_t i = 0; i < slots; ++i) rows[i] = base + i;
-    return slots;
-  }
-
-  [[noreturn]] void refuse_item(Unit unit, int64_t item, const char* what, int64_t limit) {
-    refuse("attend", std::string("index: ") + (unit == Unit::kPages ? "page " : "token ") +
-                         std::to_string(item) + " of row " + std::to_string(row_) + " " + what +
-                         (limit >= 0 ? std::to_string(limit) : ""));
-  }
-
-  const Pages& p_;
-  int64_t row_, head_, length_;
-  Scratch& s_;
-};
+constexpr int64_t kSplit = 1024;
+constexpr int64_t kRowsOfTask = 64;
+// Of the 2 * kBlock rows of keys and values that come next, those asked for beside the keys: about
+// their share of the arithmetic.
+constexpr int kKeysShare = 11;
+static_assert(kSplit % kBlock == 0, "a split holds whole blocks");
 
 struct Job {
   const Pages& p;
   const void* q;
   const void* rolled_query;
-  int64_t rolled, heads;
+  int64_t rolled, heads, group;
   const int32_t* lengths;
   const Selection& selection;
   float scale;
   const Attended& result;
+  int64_t splits;  // of the longest list
+  float *maximum, *total, *sum;  // [R, H, splits], [R, H, splits], [R, H, splits, D]
 };
 
-// Attention of `some` heads from query head `head` on over the n rows of kv in s.rows.
-void attend_heads(const Job& job, const Isa& isa, int64_t r, int64_t head, int64_t some, int64_t n,
-                  bool all, Scratch& s) {
-  const Pages& p = job.p;
-  const int64_t dim = p.dim, first = job.heads * r + head;
-  const int dtype = static_cast<int>(p.dtype);
-  float* query = scratch(s.query, some * dim);
-  float* score = scratch(s.score, some * n);
-  float* sum = scratch(s.sum, some * dim);
-  const int64_t* rows = s.rows.data();
+// Tokens [first, last) of the lists of rows [row, row + rows) for kv heads [kv_head, + kv_heads):
+// all query heads of these, or `query_head` alone.
+struct Task {
+  int64_t row, rows, kv_head, kv_heads, query_head, list, split;
+};
 
-  int64_t rolled = all ? 0 : (job.rolled < n ? job.rolled : n);
-  if (rolled > 0) {
-    float* other = scratch(s.rolled, some * dim);
-    widen_to(other, job.rolled_query, p.dtype, first * dim, some * dim);
-    isa.keys[dtype](other, some, dim, p.kv, rows, rolled, job.scale, score, n);
+// The row of kv of each token of a block, for kv head 0.
+struct Block {
+  int64_t key[kBlock];
+  int n;
+};
+
+// One list of one row, read block by block.
+class List {
+ public:
+  List() = default;
+  List(const Job& job, int64_t row, int64_t list)
+      : p_(&job.p), row_(row), length_(job.lengths[row]) {
+    const Selection& selection = job.selection;
+    tokens_ = named_tokens(job.p, job.lengths, selection, row, list);
+    const int64_t at = row * selection.lists + list;
+    if (selection.index == nullptr || selection.count[at] < 0) return;
+    index_ = selection.index + at * selection.width;
+    pages_ = selection.unit == Unit::kPages;
+    const int64_t last = (length_ - 1) / p_->page_size, count = selection.count[at];
+    short_ = !pages_ ? 0 : std::find(index_, index_ + count, last) - index_;
+    missing_ = (last + 1) * p_->page_size - length_;
   }
-  widen_to(query, job.q, p.dtype, first * dim, some * dim);
-  isa.keys[dtype](query, some, dim, p.kv, rows + rolled, n - rolled, job.scale, score + rolled, n);
 
-  float inverse[64];
-  for (int64_t from = 0; from < some; from += 64) {
-    const int64_t few = some - from < 64 ? some - from : 64;
-    for (int64_t i = 0; i < few; ++i) {
-      float top;
-      const float total = isa.exponentials(score + (from + i) * n, n, &top);
-      inverse[i] = 1.0f / total;
-      job.result.lse[first + from + i] = top + std::log(total);
-      job.result.attended[first + from + i] = static_cast<int32_t>(n);
+  int64_t tokens() const { return tokens_; }
+  bool all() const { return index_ == nullptr; }
+
+  void locate(int64_t first, int64_t last, Block& block) const {
+    block.n = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(last - first, kBlock)));
+    const int64_t size = p_->page_size;
+    int64_t seen = -1, base = 0;
+    for (int i = 0; i < block.n; ++i) {
+      const int64_t position = first + i;
+      int64_t page, slot;
+      if (all() || !pages_) {
+        const int64_t token = all() ? position : index_[position];
+        page = token / size;
+        slot = token % size;
+      } else {
+        // Pages are whole but for the row's last one, which may stand anywhere in the list: behind
+        // it everything has moved forward.
+        const bool behind = position >= (short_ + 1) * size - missing_;
+        const int64_t whole = position + (behind ? missing_ : 0);
+        page = index_[whole / size];
+        slot = whole % size;
+      }
+      if (page != seen) {
+        seen = page;
+        base = key_row(*p_, physical(*p_, "attend", row_, page), 0);
+      }
+      block.key[i] = base + slot;
     }
-    std::memset(sum, 0, static_cast<size_t>(few * dim) * 4);
-    // Values lie page_size rows behind their keys.
-    const char* values = static_cast<const char*>(p.kv) + p.page_size * dim * bytes_of(p.dtype);
-    isa.weigh[dtype](score + from * n, n, few, dim, values, rows, n, sum);
-    for (int64_t i = 0; i < few; ++i) {
-      for (int64_t d = 0; d < dim; ++d) sum[i * dim + d] *= inverse[i];
-    }
-    narrow_from(sum, job.result.out, p.dtype, (first + from) * dim, few * dim);
-    if (job.result.probabilities != nullptr) {
-      const int64_t width = job.result.probability_width;
-      for (int64_t i = 0; i < few; ++i) {
-        float* to = job.result.probabilities + (first + from + i) * width;
-        for (int64_t t = 0; t < n; ++t) to[t] = score[(from + i) * n + t] * inverse[i];
-        for (int64_t t = n; t < width; ++t) to[t] = 0.0f;
+    // What follows a short block is read ahead, never attended to.
+    for (int i = block.n; i < kBlock; ++i) block.key[i] = i > 0 ? block.key[i - 1] : 0;
+  }
+
+ private:
+  const Pages* p_ = nullptr;
+  const int32_t* index_ = nullptr;
+  int64_t row_ = 0, length_ = 0, tokens_ = 0;
+  int64_t short_ = 0, missing_ = 0;  // where the list names the row's last page, and its free slots
+  bool pages_ = false;
+};
+
+void attend_block(const Job& job, const Isa& isa, const Block& block, int64_t row, int64_t head,
+                  int64_t heads, int64_t kv_head, int64_t split, int64_t first, int64_t rolled, const Block& next,
+                  int64_t next_kv_head, bool fetch) {
+  const Pages& p = job.p;
+  const int64_t bytes = bytes_of(p.dtype), from = row * job.heads + head;
+  const Attended& r = job.result;
+  const AttendBlock one{
+      static_cast<const char*>(job.q) + from * p.dim * bytes,
+      rolled > 0 ? static_cast<const char*>(job.rolled_query) + from * p.dim * bytes : nullptr,
+      static_cast<int>(rolled),
+      heads,
+      p.dim,
+      static_cast<const char*>(p.kv) + kv_head * 2 * p.page_size * p.dim * bytes,
+      block.key,
+      p.page_size,
+      block.n,
+      job.scale,
+      job.splits,
+      job.maximum + from * job.splits + split,
+      job.total + from * job.splits + split,
+      job.sum + (from * job.splits + split) * p.dim,
+      r.probabilities == nullptr ? nullptr : r.probabilities + from * r.probability_width + first,
+      r.probability_width,
+      {static_cast<const char*>(p.kv) + next_kv_head * 2 * p.page_size * p.dim * bytes,
+       p.page_size * p.dim * bytes, p.dim * bytes, next.key, fetch ? 0 : 2 * kBlock, kKeysShare}};
+  isa.attend_block[static_cast<int>(p.dtype)](one);
+}
+
+// Nothing attended yet, for all query heads that a task serves.
+void start(const Job& job, const Task& t, int64_t row, int64_t heads) {
+  const int64_t head = t.query_head < 0 ? t.kv_head * job.group : t.query_head;
+  for (int64_t k = head; k < head + heads * t.kv_heads; ++k) {
+    const int64_t at = (row * job.heads + k) * job.splits + t.split;
+    job.maximum[at] = kNever;
+    job.total[at] = 0.0f;
+    std::memset(job.sum + at * job.p.dim, 0, static_cast<size_t>(job.p.dim) * 4);
+  }
+}
+
+void run(const Job& job, const Task& t) {
+  const Isa& isa = current_isa();
+  const int64_t from = t.split * kSplit;
+  const int64_t heads = t.query_head < 0 ? job.group : 1;
+  List lists[kRowsOfTask];
+  Block blocks[2][kRowsOfTask];
+  int64_t ends[kRowsOfTask], most = 0;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    lists[i] = List(job, t.row + i, t.list);
+    ends[i] = std::min(lists[i].tokens(), from + kSplit);
+    most = std::max(most, ends[i]);
+    if (ends[i] > from) start(job, t, t.row + i, heads);
+    lists[i].locate(from, ends[i], blocks[0][i]);
+  }
+  const int64_t rolled = lists[0].all() ? 0 : job.rolled;
+  Block* now = blocks[0];
+  Block* later = blocks[1];
+  for (int64_t first = from; first < most; first += kBlock, std::swap(now, later)) {
+    for (int64_t i = 0; i < t.rows; ++i) lists[i].locate(first + kBlock, ends[i], later[i]);
+    const int64_t turned = std::max<int64_t>(0, std::min<int64_t>(rolled - first, kBlock));
+    for (int64_t i = 0, next; i < t.rows; i = next) {
+      const Block& block = now[i];
+      for (next = i + 1; next < t.rows && now[next].n == block.n; ++next) {
+        if (!std::equal(block.key, block.key + block.n, now[next].key)) break;
+      }
+      if (block.n == 0) continue;
+      // What is read after this head: the same block for the next one, or the next block.
+      const Block& after = next < t.rows ? now[next] : later[0].n > 0 ? later[0] : block;
+      const int64_t last = t.kv_head + t.kv_heads - 1;
+      for (int64_t h = t.kv_head; h <= last; ++h) {
+        const int64_t head = t.query_head < 0 ? h * job.group : t.query_head;
+        for (int64_t k = i; k < next; ++k) {
+          attend_block(job, isa, block, t.row + k, head, heads, h, t.split, first, turned,
+                       h < last ? block : after, h < last ? h + 1 : t.kv_head, k == i);
+        }
       }
     }
   }
 }
 
-void attend_row(const Job& job, int64_t r, int64_t h) {
+// The splits of one query head, merged in order.
+void merge(const Job& job, int64_t row, int64_t head) {
   const Pages& p = job.p;
-  const Selection& selection = job.selection;
-  const Isa& isa = current_isa();
-  const int64_t group = job.heads / p.kv_heads, length = job.lengths[r];
-  const int64_t lists = selection.index == nullptr ? 1 : selection.lists;
-  const bool per_query = lists == job.heads && group > 1;
-  const int64_t words = (length + 63) / 64;
-  Scratch& s = mine();
-  Expansion expansion(p, r, h, length, s);
-  uint64_t* united = scratch(s.united, words);
-  std::memset(united, 0, static_cast<size_t>(words) * 8);
-  bool every = false;
-  for (int64_t i = 0; i < (per_query ? group : 1); ++i) {
-    const int64_t list = lists == 1 ? 0 : per_query ? h * group + i : h;
-    const int64_t at = r * lists + list;
-    const int64_t count = selection.index == nullptr ? -1 : selection.count[at];
-    const bool all = count < 0;
-    const int64_t n =
-        all ? expansion.every()
-            : expansion.list(selection.index + at * selection.width, count, selection.unit);
-    every = every || all;
-    if (!all) {
-      for (int64_t w = 0; w < words; ++w) united[w] |= s.listed[static_cast<size_t>(w)];
-    }
-    attend_heads(job, isa, r, h * group + i, per_query ? 1 : group, n, all, s);
+  const int64_t lists = job.selection.index == nullptr ? 1 : job.selection.lists;
+  const int64_t list = head * lists / job.heads, at = row * job.heads + head;
+  const int64_t n = named_tokens(p, job.lengths, job.selection, row, list);
+  const int64_t splits = (n + kSplit - 1) / kSplit;
+  const float* maximum = job.maximum + at * job.splits;
+  float top = maximum[0], total = 0.0f;
+  for (int64_t s = 1; s < splits; ++s) top = maximum[s] > top ? maximum[s] : top;
+  static thread_local std::vector<float> merged;
+  float* out = scratch(merged, p.dim);
+  std::memset(out, 0, static_cast<size_t>(p.dim) * 4);
+  for (int64_t s = 0; s < splits; ++s) {
+    const float weight = std::exp(maximum[s] - top);
+    const float* sum = job.sum + (at * job.splits + s) * p.dim;
+    total += weight * job.total[at * job.splits + s];
+    for (int64_t d = 0; d < p.dim; ++d) out[d] += weight * sum[d];
   }
-  job.result.read[r * p.kv_heads + h] =
-      static_cast<int32_t>(every ? length : popcount(united, words));
+  const float inverse = 1.0f / total;
+  for (int64_t d = 0; d < p.dim; ++d) out[d] *= inverse;
+  narrow_from(out, job.result.out, p.dtype, at * p.dim, p.dim);
+  job.result.lse[at] = top + std::log(total);
+  job.result.attended[at] = static_cast<int32_t>(n);
+  if (job.result.probabilities != nullptr) {
+    const int64_t width = job.result.probability_width;
+    float* to = job.result.probabilities + at * width;
+    current_isa().probabilities(to, n, top, inverse);
+    std::fill(to + n, to + width, 0.0f);
+  }
 }
 
-void check_counts(const Pages& p, const Selection& selection) {
-  if (selection.index == nullptr) return;
-  for (int64_t i = 0; i < p.rows * selection.lists; ++i) {
-    const int64_t count = selection.count[i];
-    if (count == 0 || count < -1 || count > selection.width) {
-      refuse("attend", "count[" + std::to_string(i / selection.lists) + ", " +
-                           std::to_string(i % selection.lists) + "] is " + std::to_string(count) +
-                           "; expected 1.." + std::to_string(selection.width) +
-                           ", or -1 for every token");
+// Every split of every list, once. Rows whose first page is the same are one task: they share it.
+std::vector<Task> tasks_of(const Job& job) {
+  const Pages& p = job.p;
+  const Selection& selection = job.selection;
+  std::vector<Task> tasks;
+  const auto add = [&](int64_t row, int64_t rows, int64_t h, int64_t some, int64_t query_head,
+                       int64_t list) {
+    int64_t most = 0;
+    for (int64_t r = row; r < row + rows; ++r) {
+      most = std::max(most, named_tokens(p, job.lengths, selection, r, list));
     }
+    for (int64_t s = 0; s * kSplit < most; ++s) {
+      tasks.push_back({row, rows, h, some, query_head, list, s});
+    }
+  };
+  for (int64_t row = 0; row < p.rows;) {
+    int64_t rows = 1;
+    if (selects_all(selection, row)) {
+      const int32_t* first = p.page_table + row * p.row_pages;
+      while (rows < kRowsOfTask && row + rows < p.rows && selects_all(selection, row + rows) &&
+             first[rows * p.row_pages] == *first) {
+        ++rows;
+      }
+      add(row, rows, 0, p.kv_heads, -1, 0);
+    } else if (selection.lists == 1) {
+      add(row, 1, 0, p.kv_heads, -1, 0);
+    } else if (selection.lists == p.kv_heads) {
+      for (int64_t h = 0; h < p.kv_heads; ++h) add(row, 1, h, 1, -1, h);
+    } else {
+      for (int64_t k = 0; k < job.heads; ++k) add(row, 1, k / job.group, 1, k, k);
+    }
+    row += rows;
   }
+  return tasks;
+}
+
+void check(const Job& job, int threads) {
+  const Pages& p = job.p;
+  const Selection& selection = job.selection;
+  const auto read = [&](int64_t row, int64_t h) -> int32_t& {
+    return job.result.read[row * p.kv_heads + h];
+  };
+  if (selection.index == nullptr) {
+    for (int64_t i = 0; i < p.rows * p.kv_heads; ++i) {
+      job.result.read[i] = job.lengths[i / p.kv_heads];
+    }
+    return;
+  }
+  const int64_t each = selection.lists == 1 ? 1 : selection.lists / p.kv_heads;
+  const int64_t units = selection.lists == 1 ? 1 : p.kv_heads;
+  parallel(p.rows * units, threads, [&](int64_t task) {
+    const int64_t row = task / units, h = task % units;
+    const int64_t tokens = check_lists(p, job.lengths, selection, row, h * each, each);
+    for (int64_t i = h; i < (units == 1 ? p.kv_heads : h + 1); ++i) {
+      read(row, i) = static_cast<int32_t>(tokens);
+    }
+  });
 }
 
 }  // namespace
@@ -197,21 +284,8 @@ int64_t listed_tokens(const Pages& p, const int32_t* lengths, const Selection& s
   check_counts(p, selection);
   int64_t most = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
-    const int64_t last = (lengths[r] - 1) / p.page_size;
     for (int64_t i = 0; i < (selection.index == nullptr ? 1 : selection.lists); ++i) {
-      const int64_t at = r * selection.lists + i;
-      int64_t n = selection.index == nullptr ? -1 : selection.count[at];
-      if (n < 0) {
-        n = lengths[r];
-      } else if (selection.unit == Unit::kPages) {
-        const int32_t* index = selection.index + at * selection.width;
-        int64_t missing = 0;
-        for (int64_t j = 0; j < n; ++j) {
-          if (index[j] == last) missing = (last + 1) * p.page_size - lengths[r];
-        }
-        n = n * p.page_size - missing;
-      }
-      if (n > most) most = n;
+      most = std::max(most, named_tokens(p, lengths, selection, r, i));
     }
   }
   return most;
@@ -220,12 +294,21 @@ int64_t listed_tokens(const Pages& p, const int32_t* lengths, const Selection& s
 void attend(const Pages& p, const void* q, const void* rolled_query, int64_t rolled, int64_t heads,
             const int32_t* lengths, const Selection& selection, float scale, const Attended& result,
             int threads) {
-  check_lengths(p, "attend", lengths);
-  check_counts(p, selection);
-  const Job job{p, q, rolled_query, rolled, heads, lengths, selection, scale, result};
-  // kv heads outermost: rows that share their prefix then read the same pages one after another.
-  parallel(p.rows * p.kv_heads, threads,
-           [&](int64_t task) { attend_row(job, task % p.rows, task / p.rows); });
+  const int64_t splits = (listed_tokens(p, lengths, selection) + kSplit - 1) / kSplit;
+  const int64_t states = p.rows * heads * splits;
+  static thread_local std::vector<float> workspace;
+  float* state = scratch(workspace, states * (p.dim + 2));
+  const Job job{p,         q,      rolled_query,   rolled, heads, heads / p.kv_heads, lengths,
+                selection, scale,  result,         splits, state, state + states,
+                state + 2 * states};
+  check(job, threads);
+  const std::vector<Task> tasks = tasks_of(job);
+  parallel(static_cast<int64_t>(tasks.size()), threads,
+           [&](int64_t i) { run(job, tasks[static_cast<size_t>(i)]); });
+  parallel(p.rows * p.kv_heads, splits * p.rows * heads > 512 ? threads : 1, [&](int64_t i) {
+    const int64_t row = i / p.kv_heads, h = i % p.kv_heads;
+    for (int64_t k = h * job.group; k < (h + 1) * job.group; ++k) merge(job, row, k);
+  });
 }
 
 }  // namespace cpu

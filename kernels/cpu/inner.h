@@ -5,6 +5,7 @@
 
 namespace {
 
+using quest::cpu::kBlock;
 using quest::cpu::kMaxDim;
 
 // exp(x) for x <= 0: Cody-Waite reduction and a degree 6 polynomial, relative error below 2e-7;
@@ -51,84 +52,6 @@ void dot(const float* q, int64_t heads, int64_t dim, const void* base, const int
   }
 }
 
-// sum[h, columns] += p * rows for H heads and C vectors of columns, tokens in order.
-template <typename T, int H, int C>
-inline void weigh_block(const float* p, int64_t stride, int64_t dim, const T* const* row, int n,
-                        float* sum) {
-  Vec total[H][C];
-  for (int h = 0; h < H; ++h) {
-    for (int c = 0; c < C; ++c) total[h][c] = load(sum + h * dim + c * kLanes);
-  }
-  for (int i = 0; i < n; ++i) {
-    Vec value[C];
-    for (int c = 0; c < C; ++c) value[c] = load(row[i] + c * kLanes);
-    for (int h = 0; h < H; ++h) {
-      const Vec weight = set1(p[h * stride + i]);
-      for (int c = 0; c < C; ++c) total[h][c] = fma(weight, value[c], total[h][c]);
-    }
-  }
-  for (int h = 0; h < H; ++h) {
-    for (int c = 0; c < C; ++c) store(sum + h * dim + c * kLanes, total[h][c]);
-  }
-}
-
-template <typename T, int H>
-inline void weigh_heads(const float* p, int64_t stride, int64_t dim, const T* const* row, int n,
-                        float* sum) {
-  const T* column[64];
-  int64_t d = 0;
-  while (d + kLanes <= dim) {
-    const bool wide = d + 4 * kLanes <= dim;
-    for (int i = 0; i < n; ++i) column[i] = row[i] + d;
-    if (wide) {
-      weigh_block<T, H, 4>(p, stride, dim, column, n, sum + d);
-    } else {
-      weigh_block<T, H, 1>(p, stride, dim, column, n, sum + d);
-    }
-    d += wide ? 4 * kLanes : kLanes;
-  }
-  if (d < dim) {
-    const int rest = static_cast<int>(dim - d);
-    for (int h = 0; h < H; ++h) {
-      Vec total = load_part(sum + h * dim + d, rest);
-      for (int i = 0; i < n; ++i) {
-        total = fma(set1(p[h * stride + i]), load_part(row[i] + d, rest), total);
-      }
-      store_part(sum + h * dim + d, total, rest);
-    }
-  }
-}
-
-template <typename T>
-void weigh(const float* p, int64_t stride, int64_t heads, int64_t dim, const void* base,
-           const int64_t* rows, int64_t count, float* sum) {
-  const T* data = static_cast<const T*>(base);
-  for (int64_t first = 0; first < count; first += 64) {
-    const int n = count - first < 64 ? static_cast<int>(count - first) : 64;
-    const T* row[64];
-    for (int i = 0; i < n; ++i) row[i] = data + rows[first + i] * dim;
-    int64_t h = 0;
-    while (h < heads) {
-      const float* weight = p + h * stride + first;
-      float* total = sum + h * dim;
-      const int64_t left = heads - h;
-      if (kHeadBlock >= 4 && left >= 4) {
-        weigh_heads<T, 4>(weight, stride, dim, row, n, total);
-        h += 4;
-      } else if (kHeadBlock >= 3 && left >= 3) {
-        weigh_heads<T, 3>(weight, stride, dim, row, n, total);
-        h += 3;
-      } else if (kHeadBlock >= 2 && left >= 2) {
-        weigh_heads<T, 2>(weight, stride, dim, row, n, total);
-        h += 2;
-      } else {
-        weigh_heads<T, 1>(weight, stride, dim, row, n, total);
-        h += 1;
-      }
-    }
-  }
-}
-
 inline void narrow_to(float* out, Vec x, int n) { store_part(out, x, n); }
 // Only for values that came from bf16: the dropped half is zero.
 inline void narrow_to(uint16_t* out, Vec x, int n) {
@@ -155,38 +78,6 @@ void extremes(const void* base, int64_t count, int64_t dim, void* maximum, void*
     narrow_to(static_cast<T*>(maximum) + d, high, n);
     narrow_to(static_cast<T*>(minimum) + d, low, n);
   }
-}
-
-float exponentials(float* x, int64_t count, float* maximum) {
-  const float lowest = -__builtin_inff();
-  Vec high = set1(lowest);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) high = max(high, load(x + i));
-  float lane[kLanes];
-  store(lane, high);
-  float top = lowest;
-  for (int l = 0; l < kLanes; ++l) top = lane[l] > top ? lane[l] : top;
-  for (; i < count; ++i) top = x[i] > top ? x[i] : top;
-
-  const Vec offset = set1(top);
-  Vec total = set1(0.0f);
-  for (i = 0; i + kLanes <= count; i += kLanes) {
-    const Vec e = exp_negative(sub(load(x + i), offset));
-    store(x + i, e);
-    total = add(total, e);
-  }
-  if (i < count) {
-    const int rest = static_cast<int>(count - i);
-    const Vec e = exp_negative(sub(load_part(x + i, rest), offset));
-    store_part(x + i, e, rest);
-    // Lanes beyond the end hold exp(-top), not zero: only what was stored counts.
-    total = add(total, load_part(x + i, rest));
-  }
-  store(lane, total);
-  float sum = 0.0f;
-  for (int l = 0; l < kLanes; ++l) sum += lane[l];
-  *maximum = top;
-  return sum;
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // clang-format off: the vectors come before the loops over them
 #include "vec_avx512.h"
 #include "inner.h"
+#include "block.h"
+#include "largest_avx512.h"
 // clang-format on
 
 namespace quest {
@@ -9,11 +11,13 @@ namespace cpu {
 extern const Isa kAvx512;
 const Isa kAvx512 = {
     "avx512",
+    {keys_widened<float>, keys_widened<uint16_t>},
     {dot<float>, dot<uint16_t>},
-    {dot<float>, dot<uint16_t>},
-    {weigh<float>, weigh<uint16_t>},
     {extremes<float>, extremes<uint16_t>},
-    exponentials,
+    {attend_block<float, keys_widened<float>, weigh<float>>,
+     attend_block<uint16_t, keys_widened<uint16_t>, weigh<uint16_t>>},
+    probabilities,
+    largest,
     nullptr,
 };
 

@@ -57,6 +57,11 @@ void select_row(const float* scores, int64_t items, int64_t keep, bool force_las
   int64_t filled = 0;
   if (wanted > 0) {
     Scratch& s = mine();
+    if (current_isa().largest != nullptr) {
+      current_isa().largest(scores, competing, wanted, scratch(s.keys, competing + 16), index);
+      if (force_last) index[wanted] = static_cast<int32_t>(items - 1);
+      return;
+    }
     uint32_t* keys = scratch(s.keys, competing);
     for (int64_t i = 0; i < competing; ++i) keys[i] = ordered(scores[i]);
     const Threshold t = threshold(keys, competing, wanted, scratch(s.kept, competing));

@@ -54,5 +54,7 @@ inline Vec reduce(const Vec* a) {
   Vec v1 = add(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xDD));
   return add(_mm512_shuffle_f32x4(v0, v1, 0x88), _mm512_shuffle_f32x4(v0, v1, 0xDD));
 }
+inline float top(Vec a) { return _mm512_reduce_max_ps(a); }
+inline float first_lane(Vec a) { return _mm512_cvtss_f32(a); }
 
 }  // namespace

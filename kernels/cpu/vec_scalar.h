@@ -91,6 +91,13 @@ inline Vec reduce(const Vec* a) {
   return r;
 }
 
+inline float top(Vec a) {
+  float x = a.v[0];
+  for (int i = 1; i < kLanes; ++i) x = x > a.v[i] ? x : a.v[i];
+  return x;
+}
+inline float first_lane(Vec a) { return a.v[0]; }
+
 #undef QUEST_EACH_LANE
 
 }  // namespace
