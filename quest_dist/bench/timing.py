@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 #: Longer than idle threads of torch's pool spin.
 SETTLE_SECONDS = 0.01
-FEWEST_CYCLES, MOST_CYCLES = 3, 60
+FEWEST_CYCLES, MOST_CYCLES = 5, 60
 #: Calls of a visit; a side that is slow and wakes nobody may do with fewer.
 UNCOUNTED, COUNTED = 1, 3
 
