@@ -1,6 +1,6 @@
 // quest_dist._cuda: the ops on a GPU for Python. Tensors come as device addresses and sizes that
-// quest_dist/ops.py has checked. Every call only launches, so the GIL stays. The classes are local to
-// this module: quest_dist._cpu has its own of the same names.
+// quest_dist/ops.py has checked. Every call only launches, so the GIL stays. The classes are local
+// to this module: quest_dist._cpu has its own of the same names.
 #include <pybind11/pybind11.h>
 
 #include "cuda/ops.h"

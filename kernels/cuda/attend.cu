@@ -29,7 +29,8 @@ struct AttendArgs {
 
 // Adds tokens [first, last) of the list, whose rows stand in `rows`, to what has been seen.
 template <typename T, int kLanes>
-__device__ __forceinline__ void attend_window(const AttendArgs& a, const float (&query)[kQueries][8],
+__device__ __forceinline__ void attend_window(const AttendArgs& a,
+                                              const float (&query)[kQueries][8],
                                               const int64_t* rows, int first, int last,
                                               const int64_t& slot, int some, Partial& part) {
   constexpr int kTeams = kThreads / kLanes, kMany = sizeof(T) == 2 ? 4 : 2;
@@ -204,10 +205,22 @@ void attend(const Launch& launch, const Pages& p, const void* q, const void* rol
   char* space = static_cast<char*>(workspace);
   const Waiting waiting{reinterpret_cast<float2*>(space),
                         reinterpret_cast<float*>(space + waiting_heads(p.rows, heads))};
-  const AttendArgs args{p,       q,         rolled_query, rolled,  heads,
-                        group,   lengths,   selection,    units,   queries,
-                        static_cast<unsigned>(tiles), scale * kLog2E, result, counters,
-                        waiting, launch.fault};
+  const AttendArgs args{p,
+                        q,
+                        rolled_query,
+                        rolled,
+                        heads,
+                        group,
+                        lengths,
+                        selection,
+                        units,
+                        queries,
+                        static_cast<unsigned>(tiles),
+                        scale * kLog2E,
+                        result,
+                        counters,
+                        waiting,
+                        launch.fault};
   by_row(p.dtype, p.dim, [&](auto element, auto lanes) {
     using T = decltype(element);
     start(launch, "attend", p.rows * units * tiles * kSplits,

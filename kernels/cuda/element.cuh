@@ -58,9 +58,7 @@ struct Eight {
     for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to)[i] = word[i];
   }
 
-  __device__ __forceinline__ void unpack(float (&x)[8]) const {
-    unpack_as(x, T{});
-  }
+  __device__ __forceinline__ void unpack(float (&x)[8]) const { unpack_as(x, T{}); }
 
   // For values that T holds exactly, or to round them.
   __device__ __forceinline__ void pack(const float (&x)[8]) {

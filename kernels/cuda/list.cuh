@@ -10,9 +10,9 @@ struct List {
   const int32_t* index;  // nullptr: every token of the row
   int64_t at;            // which list of the selection, for faults
   int64_t row, kv_head;
-  int items;             // pages or tokens that index names
-  int length;            // tokens of the row
-  int tokens;            // tokens of the list
+  int items;   // pages or tokens that index names
+  int length;  // tokens of the row
+  int tokens;  // tokens of the list
   bool pages;
   // The row's last page may be partly filled and, in a list of pages, anywhere: the pages behind it
   // then start early. Its place in the list, -1 where it is not listed, and what it lacks.
@@ -62,8 +62,7 @@ __device__ inline List read_list(const Pages& p, const Selection& selection, int
 }
 
 // The row of kv that holds the key of the list's t-th token; -1 where there is no such token.
-__device__ __forceinline__ int64_t locate(const Pages& p, const List& list, int t,
-                                          int64_t* fault) {
+__device__ __forceinline__ int64_t locate(const Pages& p, const List& list, int t, int64_t* fault) {
   const int size = static_cast<int>(p.page_size);
   int page, slot;
   if (list.pages) {

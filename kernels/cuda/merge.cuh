@@ -7,8 +7,8 @@
 namespace quest {
 namespace cuda {
 
-constexpr int kSplits = 32;       // most parts of a list that are attended to at the same time
-constexpr int kLeastChunk = 64;   // tokens that are worth a part
+constexpr int kSplits = 32;      // most parts of a list that are attended to at the same time
+constexpr int kLeastChunk = 64;  // tokens that are worth a part
 constexpr int kChunkStep = 32;
 constexpr int kRowFloats = kThreads * 8;  // of one query: teams * lanes * 8, whatever D is
 
@@ -121,12 +121,11 @@ __device__ __forceinline__ void merge_block(const Partial& part, MergeShared& s,
   }
 }
 
-// The last block to arrive merges what all have left, in the order of the splits. Returns at once in
-// the others. `counter` is left zero.
+// The last block to arrive merges what all have left, in the order of the splits. Returns at once
+// in the others. `counter` is left zero.
 template <typename T>
-__device__ __forceinline__ void merge_splits(MergeShared& s, const Final& f,
-                                             const Waiting& waiting, int32_t* counter,
-                                             int splits) {
+__device__ __forceinline__ void merge_splits(MergeShared& s, const Final& f, const Waiting& waiting,
+                                             int32_t* counter, int splits) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) s.last = atomicAdd(counter, 1) == splits - 1;

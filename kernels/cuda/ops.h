@@ -3,9 +3,9 @@
 // All pointers are device pointers. No function allocates, waits for the device or reads a value
 // from it, so every call can be captured in a CUDA graph. What depends on values is checked on the
 // device: an index out of range is never followed (what it names counts as absent), and the first
-// such fault of a call is left in Launch::fault. Results are the same bits in every run, and a row's
-// result does not depend on the other rows. D is a multiple of 8 up to kLargestDim; kv, meta and q
-// are aligned to 16 bytes.
+// such fault of a call is left in Launch::fault. Results are the same bits in every run, and a
+// row's result does not depend on the other rows. D is a multiple of 8 up to kLargestDim; kv, meta
+// and q are aligned to 16 bytes.
 #pragma once
 
 #include "../ops.h"

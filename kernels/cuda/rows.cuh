@@ -38,8 +38,7 @@ __device__ __forceinline__ int length_of(const Pages& p, const int32_t* lengths,
 }
 
 // The physical page of a row's logical page (which must be one of its P), -1 where it is none.
-__device__ __forceinline__ int physical(const Pages& p, int64_t row, int64_t page,
-                                        int64_t* fault) {
+__device__ __forceinline__ int physical(const Pages& p, int64_t row, int64_t page, int64_t* fault) {
   const int id = p.page_table[row * p.row_pages + page];
   if (id >= 0 && id < p.pages) return id;
   raise(fault, Fault::kPageTable, row, page);

@@ -7,7 +7,8 @@ namespace quest {
 namespace cuda {
 namespace {
 
-// What a team keeps in flight: 16 bytes a lane and operand, four times (fp32: twice as much, twice).
+// What a team keeps in flight: 16 bytes a lane and operand, four times (fp32: twice as much,
+// twice).
 template <typename T>
 constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2;
 
@@ -110,8 +111,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
       for (int i = 0; i < kQueries; ++i) {
         if (i >= some) break;
-        const float sum =
-            team_sum<kLanes>(dot(lower[i], minimum, dot(upper[i], maximum, 0.0f)));
+        const float sum = team_sum<kLanes>(dot(lower[i], minimum, dot(upper[i], maximum, 0.0f)));
         const float score = known[u] ? sum : never();
         if (a.reduce == Reduce::kPerQuery) {
           if (lane == 0 && page < p.row_pages) {
@@ -199,8 +199,9 @@ void page_scores(const Launch& launch, const Pages& p, const void* q, int64_t he
     using T = decltype(element);
     constexpr int kLanes = decltype(lanes)::value;
     const int64_t tiles = (p.row_pages + kTile<T, kLanes> - 1) / kTile<T, kLanes>;
-    const PageArgs args{p,      q,          lengths, heads / p.kv_heads, static_cast<unsigned>(tiles), radius_scale,
-                        reduce, score_open, out,     launch.fault};
+    const PageArgs args{
+        p,      q,          lengths, heads / p.kv_heads, static_cast<unsigned>(tiles), radius_scale,
+        reduce, score_open, out,     launch.fault};
     start(launch, "page_scores", p.rows * p.kv_heads * tiles,
           [&](unsigned grid, cudaStream_t stream) {
             page_scores_kernel<T, kLanes><<<grid, kThreads, 0, stream>>>(args);
@@ -215,8 +216,9 @@ void token_scores(const Launch& launch, const Pages& p, const void* q, int64_t h
     using T = decltype(element);
     constexpr int kLanes = decltype(lanes)::value;
     const int64_t tiles = (width + kTile<T, kLanes> - 1) / kTile<T, kLanes>;
-    const TokenArgs args{p,     q,     lengths, heads / p.kv_heads,
-                         width, static_cast<unsigned>(tiles), scale, out, launch.fault};
+    const TokenArgs args{
+        p,     q,   lengths,     heads / p.kv_heads, width, static_cast<unsigned>(tiles),
+        scale, out, launch.fault};
     start(launch, "token_scores", p.rows * p.kv_heads * tiles,
           [&](unsigned grid, cudaStream_t stream) {
             token_scores_kernel<T, kLanes><<<grid, kThreads, 0, stream>>>(args);

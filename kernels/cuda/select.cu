@@ -57,7 +57,8 @@ struct Threshold {
 };
 
 // `wanted` is in 1..count.
-__device__ __forceinline__ Threshold threshold(const float* scores, int count, int wanted, Shared& s) {
+__device__ __forceinline__ Threshold threshold(const float* scores, int count, int wanted,
+                                               Shared& s) {
   unsigned prefix = 0;
   int bits = 11, shift = 21;
   for (int pass = 0; pass < 3; ++pass) {
@@ -94,7 +95,8 @@ __device__ __forceinline__ Threshold threshold(const float* scores, int count, i
   return {prefix, s.equal - wanted};
 }
 
-__global__ void __launch_bounds__(kBlock, 1) select_top_kernel(const __grid_constant__ SelectArgs a) {
+__global__ void __launch_bounds__(kBlock, 1)
+    select_top_kernel(const __grid_constant__ SelectArgs a) {
   __shared__ Shared s;
   const int64_t task = blockIdx.x, r = blockIdx.x / static_cast<unsigned>(a.lists);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -154,8 +156,8 @@ void select_top(const Launch& launch, const float* scores, const int32_t* items,
                 const int32_t* keep, int64_t rows, int64_t lists, int64_t items_max,
                 bool force_last, int32_t* index, int64_t width, int32_t* count) {
   if (items_max > 0x7fffffff) throw std::invalid_argument("select_top: scores is of 2^31 a row");
-  const SelectArgs args{scores,     items, keep,  lists,       items_max, width,
-                        force_last, index, count, launch.fault};
+  const SelectArgs args{scores, items,      keep,  lists, items_max,
+                        width,  force_last, index, count, launch.fault};
   start(launch, "select_top", rows * lists, [&](unsigned grid, cudaStream_t stream) {
     select_top_kernel<<<grid, kBlock, 0, stream>>>(args);
   });
