@@ -137,6 +137,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
 
 
 @pytest.mark.parametrize(("message", "call"), BAD, ids=[message for message, _ in BAD])
+@pytest.mark.usefixtures("device")
 def test_refused(message: str, call: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=message):
         call()
