@@ -63,24 +63,31 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t last = length > 0 ? (length - 1) / static_cast<int>(p.page_size) : 0;
   const int64_t scored = length > 0 ? last + (a.score_open ? 1 : 0) : 0;
 
-  Eight<T> high[kMany], low[kMany];
-  bool known[kMany];
+  // Page ids first, then all that they lead to: each step waits for memory once.
+  int id[kMany];
 #pragma unroll
   for (int u = 0; u < kMany; ++u) {
     const int64_t page = first + u * kTeams;
+    id[u] = page < scored ? physical(p, r, page, a.fault) : -1;
+  }
+  Eight<T> high[kMany], low[kMany];
+#pragma unroll
+  for (int u = 0; u < kMany; ++u) {
     high[u].clear();
     low[u].clear();
-    const int id = page < scored ? physical(p, r, page, a.fault) : -1;
-    known[u] = id >= 0;
-    if (!known[u] || lane * 8 >= p.dim) continue;
-    if (page == last) {
-      const T* keys = static_cast<const T*>(p.kv) + key_row(p, id, h) * p.dim + lane * 8;
+    const int64_t page = first + u * kTeams;
+    if (id[u] < 0 || page == last || lane * 8 >= p.dim) continue;
+    const int64_t row = (static_cast<int64_t>(id[u]) * p.kv_heads + h) * 2;
+    const T* meta = static_cast<const T*>(p.meta) + row * p.dim + lane * 8;
+    high[u].load_constant(meta);
+    low[u].load_constant(meta + p.dim);
+  }
+  if (a.score_open) {  // the last page has no metadata yet
+#pragma unroll
+    for (int u = 0; u < kMany; ++u) {
+      if (id[u] < 0 || first + u * kTeams != last || lane * 8 >= p.dim) continue;
+      const T* keys = static_cast<const T*>(p.kv) + key_row(p, id[u], h) * p.dim + lane * 8;
       extremes(keys, length - last * p.page_size, p.dim, high[u], low[u]);
-    } else {
-      const T* meta = static_cast<const T*>(p.meta) +
-                      (static_cast<int64_t>(id) * p.kv_heads + h) * 2 * p.dim + lane * 8;
-      high[u].load_constant(meta);
-      low[u].load_constant(meta + p.dim);
     }
   }
 
@@ -112,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       for (int i = 0; i < kQueries; ++i) {
         if (i >= some) break;
         const float sum = team_sum<kLanes>(dot(lower[i], minimum, dot(upper[i], maximum, 0.0f)));
-        const float score = known[u] ? sum : never();
+        const float score = id[u] >= 0 ? sum : never();
         if (a.reduce == Reduce::kPerQuery) {
           if (lane == 0 && page < p.row_pages) {
             a.out[(r * heads + h * a.group + g + i) * p.row_pages + page] = score;
@@ -159,18 +166,20 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t first = static_cast<int64_t>(place.tile) * kTile<T, kLanes> + team;
   const int length = length_of(p, a.lengths, r, a.fault);
 
-  Eight<T> key[kMany];
-  bool known[kMany];
+  int64_t row[kMany];  // of kv, -1 where there is no such token
 #pragma unroll
   for (int u = 0; u < kMany; ++u) {
     const int64_t token = first + u * kTeams;
-    key[u].clear();
     const unsigned page = static_cast<unsigned>(token) / static_cast<unsigned>(p.page_size);
     const int id = token < length ? physical(p, r, page, a.fault) : -1;
-    known[u] = id >= 0;
-    if (!known[u] || lane * 8 >= p.dim) continue;
-    const int64_t row = key_row(p, id, h) + token - page * p.page_size;
-    key[u].load_constant(static_cast<const T*>(p.kv) + row * p.dim + lane * 8);
+    row[u] = id < 0 ? -1 : key_row(p, id, h) + token - page * p.page_size;
+  }
+  Eight<T> key[kMany];
+#pragma unroll
+  for (int u = 0; u < kMany; ++u) {
+    key[u].clear();
+    if (row[u] < 0 || lane * 8 >= p.dim) continue;
+    key[u].load_constant(static_cast<const T*>(p.kv) + row[u] * p.dim + lane * 8);
   }
   for (int64_t g = 0; g < a.group; ++g) {
     const int64_t head = r * heads + h * a.group + g;
@@ -183,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       const float sum = team_sum<kLanes>(dot(query, x, 0.0f));
       const int64_t token = first + u * kTeams;
       if (lane == 0 && token < a.width) {
-        a.out[head * a.width + token] = known[u] ? a.scale * sum : never();
+        a.out[head * a.width + token] = row[u] >= 0 ? a.scale * sum : never();
       }
     }
   }
