@@ -149,7 +149,7 @@ def test_one_device_that_has_kernels() -> None:
     away = {"kv": POOL.kv, "page_table": POOL.table, "lengths": POOL.lengths, "q": Q}
     with pytest.raises(ValueError, match="kv is on meta; expected a tensor on the cpu or a CUDA"):
         attend(**{name: x.to("meta") for name, x in away.items()})
-    with pytest.raises(ValueError, match="kv is torch.float16; expected torch.float32 or"):
+    with pytest.raises(ValueError, match=r"kv is torch\.float16; expected torch\.float32 or"):
         attend(kv=POOL.kv.half())
 
 
