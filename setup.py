@@ -48,6 +48,7 @@ INSTALL_A_COMPILER = {
 }
 # What runs everywhere from Ampere on: machine code for these, PTX for what comes after.
 CUDA_ARCHS = "80 86 89 90a 100 120+PTX"
+OLDEST_CUDA = (12, 8)  # the first that knows all of them
 # Kept between builds, which pip's own temporary folder is not. Holds each file's object, what it
 # was made from (.made) and the registers and spills that ptxas reports (.ptxas).
 CUDA_BUILD = Path("build") / "cuda"
@@ -76,24 +77,23 @@ def headers() -> list[str]:
     return [path.as_posix() for path in sorted(found)]
 
 
-def find_nvcc() -> Path | None:
-    """CUDA's compiler, if this build may use it and the machine has it."""
-    if os.environ.get("QUEST_CUDA") == "0" or platform.system() != "Linux":
-        return None
-    places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    tried = [str(Path(place) / "bin" / "nvcc") for place in places if place]
-    tried.insert(1 if places[0] else 0, "nvcc")
-    found = next(filter(None, map(shutil.which, tried)), None)
-    return Path(found).resolve() if found else None
-
-
-def without_cuda() -> str:
-    """Why there is no CUDA module, in a line."""
+def find_nvcc() -> tuple[Path | None, str]:
+    """CUDA's compiler, if this build may use it and the machine has it; else why not, in a line."""
     if os.environ.get("QUEST_CUDA") == "0":
-        return "QUEST_CUDA=0"
+        return None, "QUEST_CUDA=0"
     if platform.system() != "Linux":
-        return f"CUDA kernels are built on Linux, and this is {platform.system()}"
-    return "found no nvcc (CUDA_HOME, PATH, /usr/local/cuda)"
+        return None, f"its kernels are built on Linux, and this is {platform.system()}"
+    home = os.environ.get("CUDA_HOME")
+    tried = [f"{home}/bin/nvcc"] * bool(home) + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    found = next(filter(None, map(shutil.which, tried)), None)
+    if found is None:
+        return None, "found no nvcc (CUDA_HOME, PATH, /usr/local/cuda)"
+    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    if release is None or tuple(map(int, release.groups())) < OLDEST_CUDA:
+        told = release[0] if release else "of no known release"
+        return None, f"{found} is {told}, older than {'.'.join(map(str, OLDEST_CUDA))}"
+    return Path(found).resolve(), ""
 
 
 def cuda_runtime(nvcc: Path) -> str:
@@ -153,14 +153,15 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         if NVCC is None:
             if os.environ.get("QUEST_CUDA") == "1":
-                raise BaseError(f"QUEST_CUDA=1, but {without_cuda()}")
-            print(f"quest_dist._cuda is not built: {without_cuda()}")
+                raise BaseError(f"QUEST_CUDA=1, but {WITHOUT_NVCC}")
+            print(f"quest_dist._cuda is not built: {WITHOUT_NVCC}")
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "quest_dist._cuda":
             assert NVCC is not None
             ext.extra_objects = [*compile_cuda(NVCC), cuda_runtime(NVCC)]
+            ext.depends = [*ext.depends, *ext.extra_objects]  # other flags make other objects
         plain = self.compiler.compile
 
         def compile_all(files: list[str], **options: object) -> list[str]:
@@ -199,7 +200,7 @@ class BuildPackage(build_py):
 
 
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
-NVCC = find_nvcc()
+NVCC, WITHOUT_NVCC = find_nvcc()
 MODULES = [
     Extension(
         "quest_dist._cpu",

@@ -19,7 +19,15 @@ from quest_dist.backend import by_reference, compiled_cuda
 
 available = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not available, reason="needs a CUDA device")]
-MOVED = ("append", "page_scores", "select_top", "attend", "token_scores", "gather")
+MOVED = (
+    "append",
+    "page_scores",
+    "select_top",
+    "attend",
+    "token_scores",
+    "gather",
+    "prefill_attend",
+)
 
 
 def there(x: Any) -> Any:
