@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 # A change in one of these installs again; compiled files are kept where nothing changed.
-BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/*.h kernels/*.cpp kernels/cpu/*)
+BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/*.h kernels/*.cpp kernels/cpu/* kernels/cuda/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test sweep lint format bench clean
@@ -42,11 +42,11 @@ lint: setup ## Lint and check types only.
 format: setup ## Format the Python and, where clang-format is installed, the C++.
 	$(BIN)/ruff check --fix-only --quiet
 	$(BIN)/ruff format
-	@if command -v clang-format >/dev/null; then clang-format -i kernels/*.h kernels/*.cpp kernels/cpu/*; fi
+	@if command -v clang-format >/dev/null; then clang-format -i kernels/*.h kernels/*.cpp kernels/cpu/* kernels/cuda/*; fi
 
 bench: setup ## Time the ops and what sharing saves on this machine.
 	$(BIN)/python -m quest_dist.bench $(or $(ARGS),sharing)
 
 clean: ## Remove what was built; .venv and outputs stay.
-	rm -rf build dist *.egg-info quest_dist/_cpu*.so $(READY)
+	rm -rf build dist *.egg-info quest_dist/_cpu*.so quest_dist/_cuda*.so $(READY)
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@
 
 namespace quest {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };  // fp16: CUDA only
 
 // One layer of the paged pool and the rows that look into it.
 struct Pages {

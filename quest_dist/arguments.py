@@ -10,20 +10,23 @@ values (page ids, positions) is checked by the op itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from quest_dist.backend import by_reference, compiled
+from quest_dist.backend import by_reference
 
 # What the compiled ops take, and their number for it; the reference takes any floating dtype.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-LARGEST_HEAD = 1024  # kMaxDim of kernels/cpu/isa.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ON_CPU = (torch.float32, torch.bfloat16)
+LARGEST_HEAD = {"cpu": 1024, "cuda": 256}  # kMaxDim of cpu/isa.h, kLargestDim of cuda/ops.h
+WORD = 16  # bytes that a GPU's kernels load at a time
 
 
-def strided(x: torch.Tensor) -> object:
+def strided(native: ModuleType, x: torch.Tensor) -> object:
     """A tensor [R, heads, tokens, D], contiguous in D, for the compiled ops."""
-    return compiled().Strided(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+    return native.Strided(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
 
 class Arguments:
@@ -32,7 +35,8 @@ class Arguments:
     def __init__(self, op: str, any_float: bool = False) -> None:
         self.op = op
         self.sizes: dict[str, int] = {}
-        self._floats = None if any_float or by_reference() else tuple(DTYPES)
+        self.chosen: dict[str, str] = {}
+        self._any_float = any_float or by_reference()
         self._float: tuple[str, torch.dtype] | None = None
         self._device: tuple[str, torch.device] | None = None
 
@@ -47,9 +51,10 @@ class Arguments:
         """A tensor of the call's one floating dtype."""
         tensor = self._tensor(name, value, letters, contiguous)
         if self._float is None:
-            known = self._floats is None or tensor.dtype in self._floats
+            compiled = tuple(DTYPES) if tensor.is_cuda else ON_CPU
+            known = self._any_float or tensor.dtype in compiled
             if not (tensor.dtype.is_floating_point and known):
-                choices = "a floating dtype" if self._floats is None else _names(self._floats)
+                choices = "a floating dtype" if self._any_float else _names(compiled)
                 raise self.refuse(name, tensor.dtype, choices)
             self._float = (name, tensor.dtype)
         elif tensor.dtype != self._float[1]:
@@ -77,21 +82,60 @@ class Arguments:
         self.of_dtype("page_table", page_table, "R P")
         if lengths is not None:
             self.of_dtype(name, lengths, "R")
-        if kv.device.type != "cpu":
-            raise self.refuse("kv", f"on {kv.device}", "a tensor on the cpu")
-        if self["D"] > LARGEST_HEAD:
-            raise self.refuse("kv", f"of head dimension {self['D']}", f"at most {LARGEST_HEAD}")
+        where = kv.device.type
+        if where not in LARGEST_HEAD or (where != "cpu" and by_reference()):
+            places = "the cpu" if by_reference() else "the cpu or a CUDA device"
+            raise self.refuse("kv", f"on {kv.device}", f"a tensor on {places}")
+        if self["D"] > LARGEST_HEAD[where]:
+            raise self.refuse(
+                "kv", f"of head dimension {self['D']}", f"at most {LARGEST_HEAD[where]}"
+            )
+        if where == "cuda":
+            self.in_words("kv", kv)
 
-    def pages(self, kv: torch.Tensor, page_table: torch.Tensor, meta: int = 0) -> object:
-        """The pool that was taken, for the compiled ops; `meta` is an address."""
+    def in_words(self, name: str, tensor: torch.Tensor) -> None:
+        """A GPU loads rows of D elements in words: they must start at words."""
+        if self["D"] % 8:
+            raise self.refuse(name, f"of head dimension {self['D']}", "a multiple of 8 on a GPU")
+        if tensor.data_ptr() % WORD:
+            raise self.refuse(
+                name,
+                f"{tensor.data_ptr() % WORD} bytes off",
+                f"memory aligned to {WORD} bytes on a GPU",
+            )
+
+    def pages(
+        self,
+        native: ModuleType,
+        kv: torch.Tensor,
+        page_table: torch.Tensor,
+        meta: torch.Tensor | None = None,
+    ) -> object:
+        """The pool that was taken, for the compiled ops of a device."""
+        if meta is not None and meta.is_cuda:
+            self.in_words("meta", meta)
         sizes = [self[letter] for letter in "NGSDRP"]
+        address = 0 if meta is None else meta.data_ptr()
         table = page_table.data_ptr()
-        return compiled().Pages(kv.data_ptr(), meta, table, DTYPES[kv.dtype], *sizes)
+        return native.Pages(kv.data_ptr(), address, table, DTYPES[kv.dtype], *sizes)
+
+    def selection(
+        self,
+        native: ModuleType,
+        index: torch.Tensor | None,
+        count: torch.Tensor | None,
+        kind: int,
+    ) -> object:
+        """What each row attends to, for the compiled ops of a device."""
+        if index is None or count is None:
+            return native.Selection(0, 0, 1, 0, kind)
+        return native.Selection(index.data_ptr(), count.data_ptr(), self["Hs"], self["K"], kind)
 
     def choice(self, name: str, value: Any, choices: Sequence[str]) -> int:
         """The position of a word among those allowed."""
         if value not in choices:
             raise self.refuse(name, repr(value), "one of " + ", ".join(choices))
+        self.chosen[name] = value
         return choices.index(value)
 
     def multiple(self, larger: str, smaller: str, meaning: str) -> int:

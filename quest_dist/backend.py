@@ -35,6 +35,19 @@ def compiled() -> ModuleType:
     return _cpu
 
 
+@cache
+def compiled_cuda() -> ModuleType:
+    """The compiled ops for tensors on a GPU, loaded when first used."""
+    try:
+        from quest_dist import _cuda
+    except ImportError as error:
+        raise ImportError(
+            f"quest_dist._cuda is not built ({error}): run `python setup.py build_ext --inplace` "
+            "with CUDA's nvcc in PATH (QUEST_CUDA=1 says what is missing)"
+        ) from error
+    return _cuda
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run the ops of this context 'compiled' (the default) or as the plain-torch 'reference'."""

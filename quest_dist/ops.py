@@ -4,13 +4,18 @@ Pages live in tensors that `allocate_pages` makes; their physical layout belongs
 callers index kv[layer] and meta[layer] and never look inside. What each op computes, equation by
 equation, stands in `reference.py`, which also runs here under `with backend('reference')`.
 
-Invariants: a row's result is the same bits for any number of threads and whatever other rows are
-in the call; selecting all tokens gives the bits of not selecting. Scores, softmax and sums are fp32
-and never rounded before they are used; `out` is rounded once to the dtype of q.
+Where the tensors are decides what runs: `on_cpu` (fp32, bf16) or `on_cuda` (fp16 too; D a multiple
+of 8), which never waits for the device, so that a CUDA graph can hold any op.
+
+Invariants: a row's result is the same bits in every run, for any number of threads and whatever
+other rows are in the call; selecting all tokens gives the bits of not selecting. Scores, softmax
+and sums are fp32 and `out` is rounded once to the dtype of q. (Where a CPU multiplies bf16 in pairs,
+the weights of bf16 values are rounded to bf16 too; what they are divided by is not.)
 
 Shape letters: R rows, H query heads, G kv heads, N pages of the pool, P pages in a row's table, S
 page size, D head dimension, L tokens, n new tokens, Hs lists of a selection (1, G or H).
-Errors: ValueError naming the op, the argument and what was expected.
+Errors: ValueError naming the op, the argument and what was expected; on a GPU, for what depends on
+values, only with QUEST_DEBUG=1 (see `faults`): an index out of range then counts as absent.
 """
 
 from __future__ import annotations
@@ -20,12 +25,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quest_dist import reference
-from quest_dist.arguments import Arguments, strided
+from quest_dist import on_cpu, on_cuda, reference
+from quest_dist.arguments import Arguments
 from quest_dist.backend import (
     backend,
     by_reference,
-    compiled,
     isa,
     isas,
     set_isa,
@@ -65,18 +69,25 @@ REDUCTIONS: tuple[Reduce, ...] = ("per_query", "max", "mean")
 
 
 def allocate_pages(
-    layers: int, pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype
+    layers: int,
+    pages: int,
+    kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """A pool of zeroed pages, kv and meta; kv[layer] and meta[layer] are what the ops take."""
     sizes = {"layers": layers, "pages": pages, "kv_heads": kv_heads, "page_size": page_size}
     for name, size in {**sizes, "head_dim": head_dim}.items():
         if size < 1:
             raise ValueError(f"allocate_pages: {name} is {size}; expected at least 1")
-    kv = torch.empty(layers, pages, kv_heads, 2, page_size, head_dim, dtype=dtype)
-    meta = torch.empty(layers, pages, kv_heads, 2, head_dim, dtype=dtype)
+    shape = (layers, pages, kv_heads, 2)
+    kv = torch.empty(*shape, page_size, head_dim, dtype=dtype, device=device)
+    meta = torch.empty(*shape, head_dim, dtype=dtype, device=device)
     for memory in (kv, meta):
-        if not by_reference():
-            compiled().prefer_huge_pages(memory.data_ptr(), memory.nbytes)
+        if not by_reference() and memory.device.type == "cpu":
+            on_cpu.prefer_huge_pages(memory)
         memory.zero_()
     return kv, meta
 
@@ -95,9 +106,8 @@ def append(
     a.floats("v", v, "R G n D", contiguous=False)
     if by_reference():
         return reference.append(kv, meta, page_table, k, v, starts)
-    pages = a.pages(kv, page_table, meta.data_ptr())
-    compiled().append(pages, strided(k), strided(v), starts.data_ptr(), a["n"], threads())
-    return None
+    run = on_cuda.append if kv.is_cuda else on_cpu.append
+    return run(a, kv, meta, page_table, k, v, starts)
 
 
 def page_scores(
@@ -125,19 +135,8 @@ def page_scores(
         return reference.page_scores(
             q, kv, meta, page_table, lengths, radius_scale, reduce, score_open
         )
-    scores = torch.empty(a["R"], a["G"] if kind else a["H"], a["P"])
-    compiled().page_scores(
-        a.pages(kv, page_table, meta.data_ptr()),
-        q.data_ptr(),
-        a["H"],
-        lengths.data_ptr(),
-        radius_scale,
-        kind,
-        score_open,
-        scores.data_ptr(),
-        threads(),
-    )
-    return scores
+    run = on_cuda.page_scores if kv.is_cuda else on_cpu.page_scores
+    return run(a, q, kv, meta, page_table, lengths, radius_scale, kind, score_open)
 
 
 def select_top(
@@ -147,7 +146,8 @@ def select_top(
 
     Gives index int32 [R, Hs, K], ascending, -1 where unused, and count int32 [R, Hs], -1 meaning
     everything (keep >= items or keep < 0). Ties go to the higher position; NaN counts as -inf.
-    `force_last` keeps item items - 1 without competition, as one of the keep[r].
+    `force_last` keeps item items - 1 without competition, as one of the keep[r]. K is the length
+    of the longest list; on a GPU, which does not look at keep for it, M.
     """
     a = Arguments("select_top")
     a.of_dtype("items", items, "R")
@@ -156,23 +156,8 @@ def select_top(
         a.floats("scores", scores, "R Hs M")
         return reference.select_top(scores, items, keep, force_last)
     a.of_dtype("scores", scores, "R Hs M", torch.float32)
-    width = max(0, int(keep.masked_fill(keep >= items, 0).max())) if a["R"] else 0
-    index = torch.empty(a["R"], a["Hs"], width, dtype=torch.int32)
-    count = torch.empty(a["R"], a["Hs"], dtype=torch.int32)
-    compiled().select_top(
-        scores.data_ptr(),
-        items.data_ptr(),
-        keep.data_ptr(),
-        a["R"],
-        a["Hs"],
-        a["M"],
-        force_last,
-        index.data_ptr(),
-        width,
-        count.data_ptr(),
-        threads(),
-    )
-    return index, count
+    run = on_cuda.select_top if scores.is_cuda else on_cpu.select_top
+    return run(a, scores, items, keep, force_last)
 
 
 def attend(
@@ -221,47 +206,15 @@ def attend(
     if by_reference():
         options = (unit, scale, probabilities, rolled_query, rolled)
         return reference.attend(q, kv, page_table, lengths, index, count, *options)
-    native, rows, heads = compiled(), a["R"], a["H"]
-    pages = a.pages(kv, page_table)
-    if index is None or count is None:
-        selection = native.Selection(0, 0, 1, 0, kind)
-    else:
-        selection = native.Selection(index.data_ptr(), count.data_ptr(), a["Hs"], a["K"], kind)
-    width, weights = 0, None
-    if probabilities:
-        width = native.listed_tokens(pages, lengths.data_ptr(), selection)
-        weights = torch.empty(rows, heads, width)
-    result = Attended(
-        out=torch.empty_like(q),
-        attended=torch.empty(rows, heads, dtype=torch.int32),
-        read=torch.empty(rows, a["G"], dtype=torch.int32),
-        probabilities=weights,
-        lse=torch.empty(rows, heads),
-    )
-    native.attend(
-        pages,
-        q.data_ptr(),
-        0 if rolled_query is None else rolled_query.data_ptr(),
-        rolled,
-        heads,
-        lengths.data_ptr(),
-        selection,
-        scale,
-        result.out.data_ptr(),
-        result.attended.data_ptr(),
-        result.read.data_ptr(),
-        result.lse.data_ptr(),
-        0 if weights is None else weights.data_ptr(),
-        width,
-        threads(),
-    )
-    return result
+    run = on_cuda.attend if kv.is_cuda else on_cpu.attend
+    choice = (index, count, kind, scale, probabilities, rolled_query, rolled)
+    return run(a, q, kv, page_table, lengths, *choice)
 
 
 def token_scores(
     q: Tensor, kv: Tensor, page_table: Tensor, lengths: Tensor, scale: float | None = None
 ) -> Tensor:
-    """scale q.k of every token: fp32 [R, H, longest length], -inf beyond a row's length."""
+    """scale q.k of every token: fp32 [R, H, longest length; on a GPU P * S], -inf beyond a row."""
     a = Arguments("token_scores")
     a.take_pool(kv, page_table, lengths)
     q = a.floats("q", q, "R H D", contiguous=False).contiguous()
@@ -269,19 +222,8 @@ def token_scores(
     scale = a["D"] ** -0.5 if scale is None else scale
     if by_reference():
         return reference.token_scores(q, kv, page_table, lengths, scale)
-    width = max(0, int(lengths.max())) if a["R"] else 0
-    scores = torch.empty(a["R"], a["H"], width)
-    compiled().token_scores(
-        a.pages(kv, page_table),
-        q.data_ptr(),
-        a["H"],
-        lengths.data_ptr(),
-        scale,
-        scores.data_ptr(),
-        width,
-        threads(),
-    )
-    return scores
+    run = on_cuda.token_scores if kv.is_cuda else on_cpu.token_scores
+    return run(a, q, kv, page_table, lengths, scale)
 
 
 def gather(kv: Tensor, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -292,8 +234,5 @@ def gather(kv: Tensor, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]
         raise a.refuse("length", str(length), f"0..{a['P'] * a['S']}, the slots of a row")
     if by_reference():
         return reference.gather(kv, page_table, length)
-    k = torch.empty(a["R"], a["G"], length, a["D"], dtype=kv.dtype)
-    v = torch.empty_like(k)
-    pages = a.pages(kv, page_table)
-    compiled().gather(pages, length, k.data_ptr(), v.data_ptr(), threads())
-    return k, v
+    run = on_cuda.gather if kv.is_cuda else on_cpu.gather
+    return run(a, kv, page_table, length)

@@ -46,11 +46,18 @@ class Geometry:
 class Pool:
     """Pages of all layers with reference counts; grows when it runs out."""
 
-    def __init__(self, geometry: Geometry, page_size: int, pages: int) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        page_size: int,
+        pages: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size={page_size}: a page holds at least 1 token")
         self.geometry = geometry
         self.page_size = page_size
+        self.device = torch.device(device)
         self.kv, self.meta = self._allocate(max(pages, 1))
         self._references = [0] * self.pages
         self._free = list(range(self.pages - 1, -1, -1))
@@ -68,7 +75,13 @@ class Pool:
     def _allocate(self, pages: int) -> tuple[Tensor, Tensor]:
         shape = self.geometry
         return ops.allocate_pages(
-            shape.layers, pages, shape.kv_heads, self.page_size, shape.head_dim, shape.dtype
+            shape.layers,
+            pages,
+            shape.kv_heads,
+            self.page_size,
+            shape.head_dim,
+            shape.dtype,
+            self.device,
         )
 
     def take(self) -> int:
@@ -136,8 +149,11 @@ class Rows:
     def _refresh(self) -> None:
         longest = max((len(pages) for pages in self._pages), default=0)
         table = [pages + [0] * (longest - len(pages)) for pages in self._pages]
-        self.page_table = torch.tensor(table, dtype=torch.int32).reshape(len(table), longest)
-        self.lengths = torch.tensor(self._lengths, dtype=torch.int32)
+        self.page_table = self._ints(table).reshape(len(table), longest)
+        self.lengths = self._ints(self._lengths)
+
+    def _ints(self, values: Sequence[object]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.pool.device)
 
     def extend(self, counts: Sequence[int]) -> None:
         """Make room for `counts[r]` more tokens in each row and count them in `lengths`.
@@ -165,7 +181,7 @@ class Rows:
         if grown:
             self._refresh()
         else:
-            self.lengths = torch.tensor(self._lengths, dtype=torch.int32)
+            self.lengths = self._ints(self._lengths)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the newest tokens of every row: k, v [R, G, n, D], n tokens each, already counted

@@ -35,14 +35,16 @@ def prefill_attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     if by_reference():
         return reference.prefill_attend(q, k, v, scale)
     rows, heads, queries, length, dim = (a[letter] for letter in "RHnLD")
-    if q.dtype == torch.bfloat16 and dim in (64, 128) and compiled().has_prefill():
+    here = q.device.type == "cpu" and q.dtype == torch.bfloat16 and dim in (64, 128)
+    if here and compiled().has_prefill():
+        native = compiled()
         out = torch.empty(rows, queries, heads, dim, dtype=q.dtype)
-        size = compiled().prefill_workspace(rows, a["G"], length, dim)
+        size = native.prefill_workspace(rows, a["G"], length, dim)
         workspace = torch.empty(size, dtype=torch.uint8)
-        compiled().prefill_attend(
-            strided(q),
-            strided(k),
-            strided(v),
+        native.prefill_attend(
+            strided(native, q),
+            strided(native, k),
+            strided(native, v),
             rows,
             heads,
             a["G"],
@@ -57,7 +59,7 @@ def prefill_attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
         return out
     seen = None
     if 1 < queries < length:
-        seen = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+        seen = torch.ones(queries, length, dtype=torch.bool, device=q.device).tril(length - queries)
     dense = torch.nn.functional.scaled_dot_product_attention(
         q,
         k,

@@ -281,12 +281,12 @@ def column_sums(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     group = q.shape[1] // k.shape[1]
     queries, length, exact = q.shape[2], k.shape[2], _accumulator(q.dtype)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    sums = torch.zeros(q.shape[0], q.shape[1], length, dtype=exact)
-    positions = torch.arange(length)
+    sums = torch.zeros(q.shape[0], q.shape[1], length, dtype=exact, device=q.device)
+    positions = torch.arange(length, device=q.device)
     for first in range(0, queries, 128):
         last = min(first + 128, queries)
         seen = length - queries + last  # no query of the block looks further
-        own = torch.arange(length - queries + first, seen)
+        own = positions[length - queries + first : seen]
         future = positions[None, :seen] > own[:, None]
         for h in range(q.shape[1]):
             score = (q[:, h, first:last].to(exact) @ k[:, h // group, :seen].to(exact).mT) * scale

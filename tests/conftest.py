@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import gpu
 import pytest
 import torch
 
@@ -13,10 +14,21 @@ from quest_dist import ops
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=ops.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on each instruction set of this machine."""
+@pytest.fixture(params=[*ops.isas(), pytest.param("cuda", marks=gpu.needs_gpu)])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test once on each instruction set of this machine, and on its GPU."""
     before = ops.isa()
-    ops.set_isa(request.param)
+    if request.param == "cuda":
+        gpu.move_ops(monkeypatch)
+    else:
+        ops.set_isa(request.param)
     yield request.param
     ops.set_isa(before)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu.needs_gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test once on the CPU and once on the GPU."""
+    if request.param == "cuda":
+        gpu.move_ops(monkeypatch)
+    return str(request.param)

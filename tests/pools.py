@@ -23,6 +23,7 @@ TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
     torch.bfloat16: 2**-8,
+    torch.float16: 2**-11,
 }
 
 
@@ -72,7 +73,7 @@ CASES = [
 
 def name(case: Case) -> str:
     """A readable id of a case."""
-    kind = "bf16" if case.dtype == torch.bfloat16 else "fp32"
+    kind = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[case.dtype]
     return f"{kind}-g{case.group}-S{case.page_size}-D{case.head_dim}"
 
 

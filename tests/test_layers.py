@@ -26,7 +26,8 @@ DOORS = {
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
     ("suggest", "folders", "spec", "plan", "cluster"),
-    ("_cpu", "backend", "arguments", "ops", "prefill", "reference"),
+    ("_cpu", "_cuda", "backend", "arguments", "reference"),
+    ("on_cpu", "on_cuda", "faults", "ops", "prefill"),
     ("tasks/", "ledger", "cost", "stats"),
     ("pool", "batch", "methods/", "bundled", "table"),
     ("attention", "models", "overview", "projection"),

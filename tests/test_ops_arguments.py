@@ -137,9 +137,20 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
 
 
 @pytest.mark.parametrize(("message", "call"), BAD, ids=[message for message, _ in BAD])
+@pytest.mark.usefixtures("device")
 def test_refused(message: str, call: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_one_device_that_has_kernels() -> None:
+    with pytest.raises(ValueError, match="attend: lengths is on meta; expected cpu, as kv"):
+        attend(lengths=POOL.lengths.to("meta"))
+    away = {"kv": POOL.kv, "page_table": POOL.table, "lengths": POOL.lengths, "q": Q}
+    with pytest.raises(ValueError, match="kv is on meta; expected a tensor on the cpu or a CUDA"):
+        attend(**{name: x.to("meta") for name, x in away.items()})
+    with pytest.raises(ValueError, match=r"kv is torch\.float16; expected torch\.float32 or"):
+        attend(kv=POOL.kv.half())
 
 
 def test_a_refused_append_writes_nothing() -> None:

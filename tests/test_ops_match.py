@@ -93,7 +93,7 @@ def test_token_scores(isa: str, case: Case) -> None:
 
 
 @every_case
-def test_gather_gives_back_what_was_appended(case: Case) -> None:
+def test_gather_gives_back_what_was_appended(device: str, case: Case) -> None:
     pool, _ = shared(case)
     for r, length in enumerate(case.lengths):
         k, v = ops.gather(pool.kv, pool.table[r : r + 1], length)

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quest_dist import ops, reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -87,7 +89,12 @@ def test_items_beyond_a_row_do_not_compete() -> None:
     assert index.tolist() == [[[1, 2]]]
 
 
-@settings(max_examples=60, deadline=None)
+# The device stays the same for all examples.
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     st.lists(
         st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 1e-45, 1.0, 2.5, math.nan]),

@@ -1,0 +1,116 @@
+// quest_dist._cuda: the ops on a GPU for Python. Tensors come as device addresses and sizes that
+// quest_dist/ops.py has checked. Every call only launches, so the GIL stays. The classes are local
+// to this module: quest_dist._cpu has its own of the same names.
+#include <pybind11/pybind11.h>
+
+#include "cuda/ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+using quest::Pages;
+using quest::Selection;
+using quest::Strided;
+using quest::cuda::Launch;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Launch make_launch(int device, Address stream, Address fault) {
+  return {device, at<void>(stream), at<int64_t>(fault)};
+}
+
+Pages make_pages(Address kv, Address meta, Address page_table, int dtype, int64_t pages,
+                 int64_t kv_heads, int64_t page_size, int64_t dim, int64_t rows,
+                 int64_t row_pages) {
+  return {at<void>(kv),
+          at<void>(meta),
+          at<const int32_t>(page_table),
+          static_cast<quest::DType>(dtype),
+          pages,
+          kv_heads,
+          page_size,
+          dim,
+          rows,
+          row_pages};
+}
+
+Strided make_strided(Address data, int64_t row, int64_t head, int64_t token) {
+  return {at<const void>(data), row, head, token};
+}
+
+Selection make_selection(Address index, Address count, int64_t lists, int64_t width, int unit) {
+  return {at<const int32_t>(index), at<const int32_t>(count), lists, width,
+          static_cast<quest::Unit>(unit)};
+}
+
+void append(const Launch& launch, const Pages& pages, const Strided& k, const Strided& v,
+            Address starts, int64_t tokens) {
+  quest::cuda::append(launch, pages, k, v, at<const int32_t>(starts), tokens);
+}
+
+void page_scores(const Launch& launch, const Pages& pages, Address q, int64_t heads,
+                 Address lengths, float radius_scale, int reduce, bool score_open, Address out) {
+  quest::cuda::page_scores(launch, pages, at<const void>(q), heads, at<const int32_t>(lengths),
+                           radius_scale, static_cast<quest::Reduce>(reduce), score_open,
+                           at<float>(out));
+}
+
+void select_top(const Launch& launch, Address scores, Address items, Address keep, int64_t rows,
+                int64_t lists, int64_t items_max, bool force_last, Address index, int64_t width,
+                Address count) {
+  quest::cuda::select_top(launch, at<const float>(scores), at<const int32_t>(items),
+                          at<const int32_t>(keep), rows, lists, items_max, force_last,
+                          at<int32_t>(index), width, at<int32_t>(count));
+}
+
+void attend(const Launch& launch, const Pages& pages, Address q, Address rolled_query,
+            int64_t rolled, int64_t heads, Address lengths, const Selection& selection, float scale,
+            Address out, Address attended, Address read, Address lse, Address probabilities,
+            int64_t probability_width, Address counters, Address workspace) {
+  const quest::Attended result{at<void>(out),  at<int32_t>(attended),    at<int32_t>(read),
+                               at<float>(lse), at<float>(probabilities), probability_width};
+  quest::cuda::attend(launch, pages, at<const void>(q), at<const void>(rolled_query), rolled, heads,
+                      at<const int32_t>(lengths), selection, scale, result, at<int32_t>(counters),
+                      at<void>(workspace));
+}
+
+void check_lists(const Launch& launch, const Pages& pages, Address lengths,
+                 const Selection& selection) {
+  quest::cuda::check_lists(launch, pages, at<const int32_t>(lengths), selection);
+}
+
+void token_scores(const Launch& launch, const Pages& pages, Address q, int64_t heads,
+                  Address lengths, float scale, Address out, int64_t width) {
+  quest::cuda::token_scores(launch, pages, at<const void>(q), heads, at<const int32_t>(lengths),
+                            scale, at<float>(out), width);
+}
+
+void gather(const Launch& launch, const Pages& pages, int64_t length, Address k, Address v) {
+  quest::cuda::gather(launch, pages, length, at<void>(k), at<void>(v));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  py::class_<Launch>(m, "Launch", py::module_local()).def(py::init(&make_launch));
+  py::class_<Pages>(m, "Pages", py::module_local()).def(py::init(&make_pages));
+  py::class_<Strided>(m, "Strided", py::module_local()).def(py::init(&make_strided));
+  py::class_<Selection>(m, "Selection", py::module_local()).def(py::init(&make_selection));
+  m.def("append", &append);
+  m.def("page_scores", &page_scores);
+  m.def("select_top", &select_top);
+  m.def("attend", &attend);
+  m.def("attend_workspace_bytes", &quest::cuda::attend_workspace_bytes);
+  m.def("check_lists", &check_lists);
+  m.def("token_scores", &token_scores);
+  m.def("gather", &gather);
+  m.def("device_count", &quest::cuda::device_count);
+  m.def("warm_up", &quest::cuda::warm_up);
+  m.attr("LARGEST_DIM") = quest::cuda::kLargestDim;
+  m.attr("NO_FAULT") = quest::cuda::kNoFault;
+}

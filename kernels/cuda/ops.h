@@ -1,0 +1,71 @@
+// The ops on a GPU: the same pages, selections and results as quest::cpu, launched on a stream.
+//
+// All pointers are device pointers. No function allocates, waits for the device or reads a value
+// from it, so every call can be captured in a CUDA graph. What depends on values is checked on the
+// device: an index out of range is never followed (what it names counts as absent), and the first
+// such fault of a call is left in Launch::fault. Results are the same bits in every run, and a
+// row's result does not depend on the other rows. D is a multiple of 8 up to kLargestDim; kv, meta
+// and q are aligned to 16 bytes.
+#pragma once
+
+#include "../ops.h"
+
+namespace quest {
+namespace cuda {
+
+constexpr int64_t kLargestDim = 256;
+
+// What a fault says: code << 58 | at << 32 | column, the least of a call; kNoFault before any.
+// `at` counts the leading dimensions of the tensor that is named, flattened.
+enum class Fault : int {
+  kLengths = 1,    // lengths[at] is not in 1..P * S
+  kPageTable = 2,  // page_table[at, column] is no page of the pool
+  kCount = 3,      // count[at] is not in 1..width and not -1
+  kIndex = 4,      // index[at, column] is beyond the row
+  kTwice = 5,      // index[at, column] stands in its list twice (found by check_lists only)
+  kStarts = 6,     // from starts[at] on, the tokens do not fit the row
+  kItems = 7,      // items[at] is beyond the scores
+  kKeep = 8,       // keep[at] is 0, but force_last keeps one
+};
+constexpr int64_t kNoFault = INT64_MAX;
+
+struct Launch {
+  int device;
+  void* stream;    // cudaStream_t
+  int64_t* fault;  // one value
+};
+
+int device_count();
+
+// Loads every kernel's code now: otherwise the first call of each does, which a capture forbids.
+void warm_up(int device);
+
+void append(const Launch& launch, const Pages& pages, const Strided& k, const Strided& v,
+            const int32_t* starts, int64_t tokens);
+
+void page_scores(const Launch& launch, const Pages& pages, const void* q, int64_t heads,
+                 const int32_t* lengths, float radius_scale, Reduce reduce, bool score_open,
+                 float* out);
+
+void select_top(const Launch& launch, const float* scores, const int32_t* items,
+                const int32_t* keep, int64_t rows, int64_t lists, int64_t items_max,
+                bool force_last, int32_t* index, int64_t width, int32_t* count);
+
+// `counters` [R * H] are zero before the first call and left zero; `workspace` has
+// attend_workspace_bytes, aligned to 16. Calls that may run at the same time must share neither.
+int64_t attend_workspace_bytes(int64_t rows, int64_t heads, int64_t dim);
+void attend(const Launch& launch, const Pages& pages, const void* q, const void* rolled_query,
+            int64_t rolled, int64_t heads, const int32_t* lengths, const Selection& selection,
+            float scale, const Attended& result, int32_t* counters, void* workspace);
+
+// Looks for items that a list names twice, which `attend` would weigh twice.
+void check_lists(const Launch& launch, const Pages& pages, const int32_t* lengths,
+                 const Selection& selection);
+
+void token_scores(const Launch& launch, const Pages& pages, const void* q, int64_t heads,
+                  const int32_t* lengths, float scale, float* out, int64_t width);
+
+void gather(const Launch& launch, const Pages& pages, int64_t length, void* k, void* v);
+
+}  // namespace cuda
+}  // namespace quest

@@ -1,0 +1,208 @@
+"""The checked ops on a GPU: results are allocated here, and quest_dist._cuda fills them.
+
+Called by `ops` alone, with the arguments it has checked; see there for what each op means.
+
+Invariants: an op only launches, on torch's current stream of the tensors' device. It reads nothing
+back, so that it can be captured in a CUDA graph (QUEST_DEBUG=1 reads faults back, outside of one);
+hence what the CPU sizes by values is sized by shapes here: lists of `select_top` by the scores,
+token scores and probabilities by the slots of a row. What is beyond the values is padding as there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quest_dist.arguments import WORD, Arguments, strided
+from quest_dist.backend import compiled_cuda
+from quest_dist.faults import check, fault_of
+from quest_dist.reference import Attended
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def append(
+    a: Arguments, kv: Tensor, meta: Tensor, page_table: Tensor, k: Tensor, v: Tensor, starts: Tensor
+) -> None:
+    """ops.append."""
+    native = compiled_cuda()
+    k, v = _in_words(k), _in_words(v)
+    pages = a.pages(native, kv, page_table, meta)
+    from_k, from_v = strided(native, k), strided(native, v)
+    native.append(_launch(kv), pages, from_k, from_v, starts.data_ptr(), a["n"])
+    check(a, page_table=page_table, starts=starts)
+
+
+def page_scores(
+    a: Arguments,
+    q: Tensor,
+    kv: Tensor,
+    meta: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    radius_scale: float,
+    kind: int,
+    score_open: bool,
+) -> Tensor:
+    """ops.page_scores; `kind` counts in ops.REDUCTIONS."""
+    native, q = compiled_cuda(), _in_words(q)
+    scores = torch.empty(a["R"], a["G"] if kind else a["H"], a["P"], device=kv.device)
+    native.page_scores(
+        _launch(kv),
+        a.pages(native, kv, page_table, meta),
+        q.data_ptr(),
+        a["H"],
+        lengths.data_ptr(),
+        radius_scale,
+        kind,
+        score_open,
+        scores.data_ptr(),
+    )
+    check(a, page_table=page_table, lengths=lengths)
+    return scores
+
+
+def select_top(
+    a: Arguments, scores: Tensor, items: Tensor, keep: Tensor, force_last: bool
+) -> tuple[Tensor, Tensor]:
+    """ops.select_top, as wide as the scores."""
+    rows, lists, width = scores.shape
+    index = torch.empty(rows, lists, width, dtype=torch.int32, device=scores.device)
+    count = torch.empty(rows, lists, dtype=torch.int32, device=scores.device)
+    compiled_cuda().select_top(
+        _launch(scores),
+        scores.data_ptr(),
+        items.data_ptr(),
+        keep.data_ptr(),
+        rows,
+        lists,
+        width,
+        force_last,
+        index.data_ptr(),
+        width,
+        count.data_ptr(),
+    )
+    check(a, items=items, keep=keep)
+    return index, count
+
+
+def attend(
+    a: Arguments,
+    q: Tensor,
+    kv: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    kind: int,
+    scale: float,
+    probabilities: bool,
+    rolled_query: Tensor | None,
+    rolled: int,
+) -> Attended:
+    """ops.attend; `kind` counts in ops.UNITS. Probabilities are as wide as a row's slots."""
+    native, rows, heads, device = compiled_cuda(), a["R"], a["H"], kv.device
+    q = _in_words(q)
+    other = None if rolled_query is None else _in_words(rolled_query)
+    width = a["P"] * a["S"] if probabilities else 0
+    result = Attended(
+        out=torch.empty_like(q),
+        attended=torch.empty(rows, heads, dtype=torch.int32, device=device),
+        read=torch.empty(rows, a["G"], dtype=torch.int32, device=device),
+        probabilities=torch.empty(rows, heads, width, device=device) if probabilities else None,
+        lse=torch.empty(rows, heads, device=device),
+    )
+    weights = result.probabilities
+    size = native.attend_workspace_bytes(rows, heads, a["D"])
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    launch, pages = _launch(kv), a.pages(native, kv, page_table)
+    selection = a.selection(native, index, count, kind)
+    native.attend(
+        launch,
+        pages,
+        q.data_ptr(),
+        0 if other is None else other.data_ptr(),
+        rolled,
+        heads,
+        lengths.data_ptr(),
+        selection,
+        scale,
+        result.out.data_ptr(),
+        result.attended.data_ptr(),
+        result.read.data_ptr(),
+        result.lse.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        width,
+        _zero_counters(device, rows * heads).data_ptr(),
+        workspace.data_ptr(),
+    )
+    named = {} if index is None or count is None else {"index": index, "count": count}
+    look = (
+        None
+        if index is None
+        else lambda: native.check_lists(launch, pages, lengths.data_ptr(), selection)
+    )
+    check(a, look, page_table=page_table, lengths=lengths, **named)
+    return result
+
+
+def token_scores(
+    a: Arguments, q: Tensor, kv: Tensor, page_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """ops.token_scores, as wide as a row's slots."""
+    native, q = compiled_cuda(), _in_words(q)
+    width = a["P"] * a["S"]
+    scores = torch.empty(a["R"], a["H"], width, device=kv.device)
+    native.token_scores(
+        _launch(kv),
+        a.pages(native, kv, page_table),
+        q.data_ptr(),
+        a["H"],
+        lengths.data_ptr(),
+        scale,
+        scores.data_ptr(),
+        width,
+    )
+    check(a, page_table=page_table, lengths=lengths)
+    return scores
+
+
+def gather(a: Arguments, kv: Tensor, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """ops.gather."""
+    native = compiled_cuda()
+    k = torch.empty(a["R"], a["G"], length, a["D"], dtype=kv.dtype, device=kv.device)
+    v = torch.empty_like(k)
+    pages = a.pages(native, kv, page_table)
+    native.gather(_launch(kv), pages, length, k.data_ptr(), v.data_ptr())
+    check(a, page_table=page_table)
+    return k, v
+
+
+def _launch(tensor: Tensor) -> object:
+    """Where and on which stream an op runs."""
+    device = tensor.device
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return compiled_cuda().Launch(device.index, stream, fault_of(device).data_ptr())
+
+
+def _in_words(x: Tensor) -> Tensor:
+    """The tensor itself where the kernels can load its rows in whole words, else a copy."""
+    size = x.element_size()
+    steps = [s * size for s, many in zip(x.stride()[:-1], x.shape[:-1], strict=True) if many > 1]
+    if any(step % WORD for step in (x.data_ptr(), *steps)):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _zero_counters(device: torch.device, many: int) -> Tensor:
+    """Counters for `attend`, which leaves them zero; calls on one stream share them.
+
+    A graph gets its own, zeroed at each replay: it may run beside what this stream does by then.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(many, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    kept = _counters.get(key)
+    if kept is None or kept.numel() < many:
+        kept = _counters[key] = torch.zeros(max(many, 4096), dtype=torch.int32, device=device)
+    return kept
