@@ -9,8 +9,8 @@ of 8), which never waits for the device, so that a CUDA graph can hold any op.
 
 Invariants: a row's result is the same bits in every run, for any number of threads and whatever
 other rows are in the call; selecting all tokens gives the bits of not selecting. Scores, softmax
-and sums are fp32 and `out` is rounded once to the dtype of q. (Where a CPU multiplies bf16 in pairs,
-the weights of bf16 values are rounded to bf16 too; what they are divided by is not.)
+and sums are fp32 and `out` is rounded once to the dtype of q. (A CPU that multiplies bf16 in pairs
+rounds the weights of bf16 values to bf16 too; what these are divided by is not rounded.)
 
 Shape letters: R rows, H query heads, G kv heads, N pages of the pool, P pages in a row's table, S
 page size, D head dimension, L tokens, n new tokens, Hs lists of a selection (1, G or H).
