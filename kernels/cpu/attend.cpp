@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "lists.h"
+#include "list.h"
 #include "threads.h"
 
 namespace quest {
@@ -34,7 +34,7 @@ struct Job {
   const Selection& selection;
   float scale;
   const Attended& result;
-  int64_t splits;  // of the longest list
+  int64_t splits;                // of the longest list
   float *maximum, *total, *sum;  // [R, H, splits], [R, H, splits], [R, H, splits, D]
 };
 
@@ -44,72 +44,9 @@ struct Task {
   int64_t row, rows, kv_head, kv_heads, query_head, list, split;
 };
 
-// The row of kv of each token of a block, for kv head 0.
-struct Block {
-  int64_t key[kBlock];
-  int n;
-};
-
-// One list of one row, read block by block.
-class List {
- public:
-  List() = default;
-  List(const Job& job, int64_t row, int64_t list)
-      : p_(&job.p), row_(row), length_(job.lengths[row]) {
-    const Selection& selection = job.selection;
-    tokens_ = named_tokens(job.p, job.lengths, selection, row, list);
-    const int64_t at = row * selection.lists + list;
-    if (selection.index == nullptr || selection.count[at] < 0) return;
-    index_ = selection.index + at * selection.width;
-    pages_ = selection.unit == Unit::kPages;
-    const int64_t last = (length_ - 1) / p_->page_size, count = selection.count[at];
-    short_ = !pages_ ? 0 : std::find(index_, index_ + count, last) - index_;
-    missing_ = (last + 1) * p_->page_size - length_;
-  }
-
-  int64_t tokens() const { return tokens_; }
-  bool all() const { return index_ == nullptr; }
-
-  void locate(int64_t first, int64_t last, Block& block) const {
-    block.n = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(last - first, kBlock)));
-    const int64_t size = p_->page_size;
-    int64_t seen = -1, base = 0;
-    for (int i = 0; i < block.n; ++i) {
-      const int64_t position = first + i;
-      int64_t page, slot;
-      if (all() || !pages_) {
-        const int64_t token = all() ? position : index_[position];
-        page = token / size;
-        slot = token % size;
-      } else {
-        // Pages are whole but for the row's last one, which may stand anywhere in the list: behind
-        // it everything has moved forward.
-        const bool behind = position >= (short_ + 1) * size - missing_;
-        const int64_t whole = position + (behind ? missing_ : 0);
-        page = index_[whole / size];
-        slot = whole % size;
-      }
-      if (page != seen) {
-        seen = page;
-        base = key_row(*p_, physical(*p_, "attend", row_, page), 0);
-      }
-      block.key[i] = base + slot;
-    }
-    // What follows a short block is read ahead, never attended to.
-    for (int i = block.n; i < kBlock; ++i) block.key[i] = i > 0 ? block.key[i - 1] : 0;
-  }
-
- private:
-  const Pages* p_ = nullptr;
-  const int32_t* index_ = nullptr;
-  int64_t row_ = 0, length_ = 0, tokens_ = 0;
-  int64_t short_ = 0, missing_ = 0;  // where the list names the row's last page, and its free slots
-  bool pages_ = false;
-};
-
 void attend_block(const Job& job, const Isa& isa, const Block& block, int64_t row, int64_t head,
-                  int64_t heads, int64_t kv_head, int64_t split, int64_t first, int64_t rolled, const Block& next,
-                  int64_t next_kv_head, bool fetch) {
+                  int64_t heads, int64_t kv_head, int64_t split, int64_t first, int64_t rolled,
+                  const Block& next, int64_t next_kv_head, bool fetch) {
   const Pages& p = job.p;
   const int64_t bytes = bytes_of(p.dtype), from = row * job.heads + head;
   const Attended& r = job.result;
@@ -154,7 +91,7 @@ void run(const Job& job, const Task& t) {
   Block blocks[2][kRowsOfTask];
   int64_t ends[kRowsOfTask], most = 0;
   for (int64_t i = 0; i < t.rows; ++i) {
-    lists[i] = List(job, t.row + i, t.list);
+    lists[i] = List(job.p, job.lengths, job.selection, t.row + i, t.list);
     ends[i] = std::min(lists[i].tokens(), from + kSplit);
     most = std::max(most, ends[i]);
     if (ends[i] > from) start(job, t, t.row + i, heads);
@@ -298,9 +235,9 @@ void attend(const Pages& p, const void* q, const void* rolled_query, int64_t rol
   const int64_t states = p.rows * heads * splits;
   static thread_local std::vector<float> workspace;
   float* state = scratch(workspace, states * (p.dim + 2));
-  const Job job{p,         q,      rolled_query,   rolled, heads, heads / p.kv_heads, lengths,
-                selection, scale,  result,         splits, state, state + states,
-                state + 2 * states};
+  const Job job{
+      p,         q,     rolled_query, rolled, heads, heads / p.kv_heads, lengths,
+      selection, scale, result,       splits, state, state + states,     state + 2 * states};
   check(job, threads);
   const std::vector<Task> tasks = tasks_of(job);
   parallel(static_cast<int64_t>(tasks.size()), threads,

@@ -105,7 +105,7 @@ void keys_widened(const void* q, int64_t heads, int64_t dim, const void* base, c
                   int64_t count, float scale, float* out, int64_t stride, Ahead& ahead) {
   fetch(ahead, ahead.share);
   const T* from = static_cast<const T*>(q);
-  float wide[kMaxDim];
+  float wide[2 * kMaxDim];  // page scores multiply twice the width
   for (int64_t h = 0; h < heads; ++h) {
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) store(wide + d, load(from + h * dim + d));

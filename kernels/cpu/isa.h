@@ -44,17 +44,18 @@ using Extremes = void (*)(const void* base, int64_t count, int64_t dim, void* ma
 // Some query heads of one row that share a kv head go on over one block of tokens. Arrays of heads
 // are `heads` long; state and raw scores lie a stride apart.
 struct AttendBlock {
-  const void *q, *rolled_q;  // [heads, dim] in the dtype of the keys; the latter for tokens < rolled
+  const void *q,
+      *rolled_q;  // [heads, dim] in the dtype of the keys; the latter for tokens < rolled
   int64_t rolled, heads, dim;
   const void* base;
   const int64_t* rows;  // token i: key base[rows[i]], value base[rows[i] + values]
   int64_t values;
   int n;  // tokens, 1..kBlock
   float scale;
-  int64_t stride;         // of the state, in heads
+  int64_t stride;          // of the state, in heads
   float *maximum, *total;  // of the scores so far; of their exponentials
-  float* sum;             // [heads, dim]: values weighed by the exponentials
-  float* raw;             // scaled scores, or nullptr
+  float* sum;              // [heads, dim]: values weighed by the exponentials
+  float* raw;              // scaled scores, or nullptr
   int64_t raw_stride;
   Ahead ahead;
 };

@@ -183,7 +183,8 @@ inline void weigh_some(const uint32_t* weight, int64_t dim, Rows row, int n, flo
   for (; d + 32 * kWide <= dim; d += 32 * kWide) {
     weigh_channels<H, kWide>(weight, row, d, n, sum, pitch, ahead, from, to);
   }
-  for (; d + 32 <= dim; d += 32) weigh_channels<H, 1>(weight, row, d, n, sum, pitch, ahead, from, to);
+  for (; d + 32 <= dim; d += 32)
+    weigh_channels<H, 1>(weight, row, d, n, sum, pitch, ahead, from, to);
   if (dim % 32 == 0) return;
   for (; d < dim; ++d) {  // a head dimension that is no multiple of 32
     for (int h = 0; h < H; ++h) {

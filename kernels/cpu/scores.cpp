@@ -23,7 +23,7 @@ constexpr int64_t kPart = 256;  // pages of a task
 
 // [a | b] against [maximum | minimum]: the bound is one dot product of twice the width.
 struct Weights {
-  std::vector<float> wide;        // [H, 2 D]
+  std::vector<float> wide;         // [H, 2 D]
   std::vector<uint16_t> narrowed;  // the same in bf16, where that loses nothing
   bool exact = false;
 
@@ -109,8 +109,8 @@ struct Scoring {
             const int64_t at = h * kBlock + i;
             next_rows[i] = later[at / p.kv_heads] + at % p.kv_heads;
           }
-          ahead = {static_cast<const char*>(p.meta), 0, 2 * p.dim * bytes_of(p.dtype), next_rows,
-                   0, static_cast<int>(kBlock)};
+          ahead = {static_cast<const char*>(p.meta), 0, 2 * p.dim * bytes_of(p.dtype), next_rows, 0,
+                   static_cast<int>(kBlock)};
         }
         for (int i = 0; i < count; ++i) rows[i] = now[i] + h;
         multiply(h, p.meta, rows, count, score, kBlock, ahead);
@@ -152,7 +152,8 @@ void page_scores(const Pages& p, const void* q, int64_t heads, const int32_t* le
   const int64_t parts = (p.row_pages + kPart - 1) / kPart;
   parallel(p.rows * parts, threads, [&](int64_t task) {
     const int64_t r = task / parts, first = task % parts * kPart;
-    const int64_t last = (lengths[r] - 1) / p.page_size;  // the page that is not full yet, or just is
+    const int64_t last =
+        (lengths[r] - 1) / p.page_size;  // the page that is not full yet, or just is
     const int64_t end = std::min(first + kPart, p.row_pages);
     const Scoring scoring{p, weights[r], r, heads, group, reduce, out + r * outputs * p.row_pages};
     scoring.closed(first, std::min(end, last));
@@ -173,8 +174,8 @@ void token_scores(const Pages& p, const void* q, int64_t heads, const int32_t* l
   parallel(p.rows * p.kv_heads, threads, [&](int64_t task) {
     const int64_t h = task / p.rows, r = task % p.rows, length = lengths[r];
     Scratch& s = mine();
-    const char* query = static_cast<const char*>(q) +
-                        (r * heads + h * group) * p.dim * bytes_of(p.dtype);
+    const char* query =
+        static_cast<const char*>(q) + (r * heads + h * group) * p.dim * bytes_of(p.dtype);
     int64_t* rows = scratch(s.rows, length);
     for (int64_t first = 0; first < length; first += p.page_size) {
       const int64_t base = key_row(p, physical(p, "token_scores", r, first / p.page_size), h);
