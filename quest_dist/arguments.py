@@ -61,6 +61,19 @@ class Arguments:
             raise self.refuse(name, tensor.dtype, f"{self._float[1]}, as {self._float[0]}")
         return tensor
 
+    def angles(self, cos: Any, sin: Any) -> None:
+        """cos and sin [R, D] of a rotation by halves: fp32, or of the call's floating dtype."""
+        for name, value in (("cos", cos), ("sin", sin)):
+            tensor = self._tensor(name, value, "R D", False)
+            own = (torch.float32, self._float[1] if self._float else torch.float32)
+            if tensor.dtype not in own or tensor.dtype != cos.dtype:
+                choices = _names(own if name == "cos" else (cos.dtype,))
+                raise self.refuse(name, tensor.dtype, choices)
+        if self["D"] % 2:
+            raise self.refuse(
+                "cos", f"for head dimension {self['D']}", "an even one: it has halves"
+            )
+
     def of_dtype(
         self, name: str, value: Any, letters: str, dtype: torch.dtype = torch.int32
     ) -> torch.Tensor:
@@ -137,6 +150,12 @@ class Arguments:
             raise self.refuse(name, repr(value), "one of " + ", ".join(choices))
         self.chosen[name] = value
         return choices.index(value)
+
+    def together(self, **values: Any) -> None:
+        """Arguments that are given together or not at all."""
+        missing = [name for name, value in values.items() if value is None]
+        if 0 < len(missing) < len(values):
+            raise self.refuse(missing[0], "missing", " and ".join(values) + " together")
 
     def multiple(self, larger: str, smaller: str, meaning: str) -> int:
         """How often one size holds another; it must do so exactly."""

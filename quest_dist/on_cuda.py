@@ -16,7 +16,7 @@ from torch import Tensor
 from quest_dist.arguments import WORD, Arguments, strided
 from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
-from quest_dist.reference import Attended
+from quest_dist.reference import Attended, rotate
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -144,6 +144,38 @@ def attend(
     )
     check(a, look, page_table=page_table, lengths=lengths, **named)
     return result
+
+
+def decode(
+    a: Arguments,
+    q: Tensor,
+    kv: Tensor,
+    meta: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None,
+    radius_scale: float,
+    kind: int,
+    scale: float,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Attended:
+    """ops.decode; `kind` counts in ops.REDUCTIONS."""
+    a.sizes.update(n=1, Hs=a["G"] if kind else a["H"], M=a["P"], K=a["P"])
+    a.chosen["unit"] = "pages"
+    if cos is not None and sin is not None:
+        q = rotate(q, cos, sin)
+        k = None if k is None else rotate(k, cos, sin)
+    if k is not None and v is not None:
+        append(a, kv, meta, page_table, k[:, :, None], v[:, :, None], lengths - 1)
+    q = q.contiguous()
+    index = count = None
+    if keep is not None:
+        scores = page_scores(a, q, kv, meta, page_table, lengths, radius_scale, kind, False)
+        index, count = select_top(a, scores, (lengths - 1) // a["S"] + 1, keep, True)
+    return attend(a, q, kv, page_table, lengths, index, count, 0, scale, False, None, 0)
 
 
 def token_scores(

@@ -52,6 +52,7 @@ __all__ = [
     "attend",
     "backend",
     "column_sums",
+    "decode",
     "gather",
     "isa",
     "isas",
@@ -191,8 +192,7 @@ def attend(
     q = a.floats("q", q, "R H D", contiguous=False).contiguous()
     a.multiple("H", "G", "query heads share kv heads evenly")
     kind = a.choice("unit", unit, UNITS)
-    if (index is None) != (count is None):
-        raise a.refuse("count" if count is None else "index", "missing", "index and count together")
+    a.together(index=index, count=count)
     if index is not None:
         a.of_dtype("index", index, "R Hs K")
         a.of_dtype("count", count, "R Hs")
@@ -219,6 +219,53 @@ def attend(
     run = on_cuda.attend if kv.is_cuda else on_cpu.attend
     choice = (index, count, kind, scale, probabilities, rolled_query, rolled)
     return run(a, q, kv, page_table, lengths, *choice)
+
+
+def decode(
+    q: Tensor,
+    kv: Tensor,
+    meta: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None = None,
+    *,
+    radius_scale: float = 1.0,
+    reduce: Reduce = "max",
+    scale: float | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Attended:
+    """One token of every row through one layer: the bits of the ops it stands for, in one call.
+
+    With cos, sin [R, D] (fp32 or as q), q [R, H, D] and k are rotated by halves, as
+    `reference.rotate` does. k, v [R, G, D] are appended at lengths[r] - 1: lengths count the token.
+    keep int32 [R]: that many pages are attended to, the last one and the best by `page_scores`; all
+    pages where keep < 0, or without it.
+    """
+    a = Arguments("decode")
+    a.take_pool(kv, page_table, lengths)
+    a.floats("meta", meta, "N G 2 D")
+    a.floats("q", q, "R H D", contiguous=False)
+    a.multiple("H", "G", "query heads share kv heads evenly")
+    kind = a.choice("reduce", reduce, REDUCTIONS)
+    if keep is not None:
+        a.of_dtype("keep", keep, "R")
+    a.together(k=k, v=v)
+    a.together(cos=cos, sin=sin)
+    for name, new in (("k", k), ("v", v)):
+        if new is not None:
+            a.floats(name, new, "R G D", contiguous=False)
+    if cos is not None:
+        a.angles(cos, sin)
+    scale = a["D"] ** -0.5 if scale is None else scale
+    token = (k, v, cos, sin)
+    if by_reference():
+        place = (q, kv, meta, page_table, lengths)
+        return reference.decode(*place, keep, radius_scale, reduce, scale, *token)
+    run = on_cuda.decode if kv.is_cuda else on_cpu.decode
+    return run(a, q, kv, meta, page_table, lengths, keep, radius_scale, kind, scale, *token)
 
 
 def token_scores(
