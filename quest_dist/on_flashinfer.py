@@ -61,37 +61,34 @@ def check(device: str, dtype: str | None = None, head_dim: int | None = None) ->
 
 
 class Decode:
-    """FlashInfer's paged decode, planned for requests of certain sizes.
+    """FlashInfer's paged decode of requests: planned as often as their sizes change, and run.
 
-    `graph`: the number and the sizes of the requests stay as they are planned here, and `buffers`
-    may be written, so that `run` can be captured in a CUDA graph while lists change. Otherwise it
-    may be planned again and again.
+    One that is `fixed` to requests keeps their number and sizes, in buffers of its own, and can
+    then be captured in a CUDA graph: `indices` may be written while it is replayed.
     """
 
     def __init__(
         self,
         device: torch.device,
         tensor_cores: bool,
-        requests: PageRequests | None = None,
+        fixed: PageRequests | None = None,
         workspace: Tensor | None = None,
     ) -> None:
-        """`requests` makes one for a graph, with copies of them as its buffers."""
+        """`workspace` may be shared by those that do not run at once."""
         flashinfer = importlib.import_module("flashinfer")
         if workspace is None:
             workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.buffers: PageRequests | None = None
-        fixed: dict[str, Any] = {}
-        if requests is not None:
-            own = ("indptr", "indices", "last_page_len")
-            self.buffers = requests._replace(**{x: getattr(requests, x).clone() for x in own})
-            fixed = {
+        buffers: dict[str, Any] = {}
+        if fixed is not None:
+            self.indices = fixed.indices.clone()
+            buffers = {
                 "use_cuda_graph": True,
-                "paged_kv_indptr_buffer": self.buffers.indptr,
-                "paged_kv_indices_buffer": self.buffers.indices,
-                "paged_kv_last_page_len_buffer": self.buffers.last_page_len,
+                "paged_kv_indptr_buffer": fixed.indptr.clone(),
+                "paged_kv_indices_buffer": self.indices,
+                "paged_kv_last_page_len_buffer": fixed.last_page_len.clone(),
             }
         self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            workspace, kv_layout="HND", use_tensor_cores=tensor_cores, **fixed
+            workspace, kv_layout="HND", use_tensor_cores=tensor_cores, **buffers
         )
 
     def plan(self, requests: PageRequests, q: Tensor, kv: Tensor, scale: float) -> None:
@@ -110,9 +107,14 @@ class Decode:
         )
         self._kv_heads, self._apart = requests.kv_heads, (-1, requests.heads, q.shape[2])
 
-    def run(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of q [R, H, D] over the planned requests, [R, H, D], and the log sum exp of
-        the scaled scores to base 2, fp32 [R, H]; launches only."""
+    def out(self, q: Tensor, kv: Tensor) -> Tensor:
+        """Attention of q [R, H, D] over the planned requests, [R, H, D]; launches only."""
+        pages = request_pages(kv, self._kv_heads)
+        out: Tensor = self._decode.run(q.view(self._apart), pages)
+        return out.view_as(q)
+
+    def out_and_lse(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the log sum exp of the scaled scores, to base 2, fp32 [R, H]."""
         pages = request_pages(kv, self._kv_heads)
         out, lse = self._decode.run(q.view(self._apart), pages, return_lse=True)
         return out.view_as(q), lse.view(q.shape[:2])
@@ -151,5 +153,5 @@ def attend(
     stream = torch.cuda.current_stream(kv.device).cuda_stream
     decode = _decode(kv.device, stream, requests.group >= TENSOR_CORES_FROM)
     decode.plan(requests, q, kv, scale)
-    out, lse = decode.run(q, kv)
+    out, lse = decode.out_and_lse(q, kv)
     return Attended(out, requests.attended, requests.read, None, lse * math.log(2))
