@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quest_dist.arguments import check_device
 from quest_dist.batch import Batch, Group, new_batch
 from quest_dist.folders import find
 from quest_dist.methods.method import Method
@@ -119,7 +120,13 @@ class Patch:
         if cache.batch is None:
             groups = self._fresh_groups(tokens.shape[0])
             cache.batch = new_batch(
-                self.geometry, self.page_size, groups, tokens.shape[0], self.rotate, tokens.shape[1]
+                self.geometry,
+                self.page_size,
+                groups,
+                rows=tokens.shape[0],
+                rotate=self.rotate,
+                reserve=tokens.shape[1],
+                device=self.model.device,
             )
         cache.padding = left_padding(kwargs.get("attention_mask"), tokens.shape[1])
         self._cache, self._new = cache, tokens.shape[1]
@@ -184,8 +191,7 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
             f"model {name}: it does not use transformers' attention interface, so it cannot be "
             "patched; Llama, Mistral, Qwen2 and Qwen3 style decoders can"
         )
-    if model.device.type != "cpu":
-        raise ValueError(f"model {name} is on {model.device}: this build has kernels for cpu only")
+    check_placed(model)
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     sliding = getattr(config, "sliding_window", None)
@@ -201,6 +207,17 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
         dtype=model.dtype,
         window=sliding,
     )
+
+
+def check_placed(model: PreTrainedModel) -> None:
+    """Raise where the ops cannot work on a model: ValueError for a model spread over devices or of
+    a dtype or on a device without kernels, ImportError where these are not built."""
+    name = type(model).__name__
+    places = {parameter.device for parameter in model.parameters()}
+    if len(places) > 1:
+        listed = ", ".join(sorted(map(str, places)))
+        raise ValueError(f"model {name} is spread over {listed}: put it on one device")
+    check_device(f"model {name}", model.device, model.dtype)
 
 
 def left_padding(mask: Tensor | None, new: int) -> list[int] | None:

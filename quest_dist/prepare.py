@@ -57,7 +57,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     specs = {group: specs_of(config[group], group) for group in _CHOSEN}
     _check_chosen(config)
     plan.check_grid(grid, specs)
-    _check_models(specs["model"], grid["model"])
+    _check_models(specs["model"], grid["model"], cluster.device_of(resources))
     for name in grid["model"]:
         specs["model"][name] = _identified(specs["model"][name])
     protocol = _named(config["protocol"], "protocol")
@@ -108,10 +108,10 @@ def _named(settings: Mapping[str, Any], group: str) -> Spec:
     return Spec(str(settings.get("label", group)), settings)
 
 
-def _check_models(specs: Mapping[str, Spec], names: Sequence[str]) -> None:
+def _check_models(specs: Mapping[str, Spec], names: Sequence[str], device: str) -> None:
     for name in names:
         try:
-            models.check(specs[name].settings)
+            models.check(specs[name].settings, device)
         except ValueError as error:
             raise ValueError(str(error).replace("model.", f"model.{name}.", 1)) from error
 

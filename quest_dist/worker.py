@@ -30,10 +30,10 @@ _loaded: dict[str, LoadedModel] = {}
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a worker has: CPU threads and (a share of) GPUs; None: whatever torch finds."""
+    """What a worker has: CPU threads and (a share of) a GPU, where it then computes."""
 
     threads: int = 1
-    gpus: float | None = None
+    gpus: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -59,7 +59,8 @@ def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[st
 
 def _load(unit: Unit, runtime: Runtime) -> LoadedModel:
     """The unit's model, loaded at most once in this process; an earlier one is dropped first."""
-    if runtime.gpus == 0:
+    device = "cuda" if runtime.gpus else "cpu"
+    if device == "cpu":
         # Ray leaves every GPU visible to workers that asked for none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
@@ -68,10 +69,10 @@ def _load(unit: Unit, runtime: Runtime) -> LoadedModel:
     from quest_dist import models
 
     torch.set_num_threads(runtime.threads)
-    key = canonical(unit.first.model.to_dict())
+    key = canonical([device, unit.first.model.to_dict()])
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = models.load(unit.first.model.settings)
+        _loaded[key] = models.load(unit.first.model.settings, device)
     return _loaded[key]
 
 

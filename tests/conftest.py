@@ -32,3 +32,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cuda":
         gpu.move_ops(monkeypatch)
     return str(request.param)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu.needs_gpu)])
+def place(request: pytest.FixtureRequest) -> str:
+    """Runs the test once with the model on the CPU and once with it on the GPU."""
+    return str(request.param)

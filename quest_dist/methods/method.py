@@ -138,8 +138,9 @@ class Method(ABC):
     def observe(  # noqa: B027 - looking is optional
         self, view: View, selection: Selection, probabilities: Tensor
     ) -> None:
-        """Look at the probabilities fp32 [R, H, M] in the order of the selection (if
-        `needs_probabilities`)."""
+        """Look at the probabilities fp32 [R, H, M] in the order of the selection, zero beyond a
+        list (if `needs_probabilities`). M is at least the longest list; a GPU's is the slots of a
+        row."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named; the others have finished."""
@@ -177,6 +178,6 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{key}={value!r}: choose one of {', '.join(choices)}")
 
 
-def as_int32(values: Sequence[int]) -> Tensor:
-    """A small int32 tensor."""
-    return torch.tensor(list(values), dtype=torch.int32)
+def as_int32(values: Sequence[int], device: torch.device) -> Tensor:
+    """A small int32 tensor where the rows are, as `view.lengths.device` says."""
+    return torch.tensor(list(values), dtype=torch.int32, device=device)

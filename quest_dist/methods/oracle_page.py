@@ -63,7 +63,10 @@ class OraclePage(Method):
         by_page = scores.view(*scores.shape[:2], max(pages), size)
         ranked = by_page.logsumexp(3) if self.score == "mass" else by_page.amax(3)
         index, count = ops.select_top(
-            ranked.contiguous(), as_int32(pages), as_int32(keep), force_last=True
+            ranked.contiguous(),
+            as_int32(pages, q.device),
+            as_int32(keep, q.device),
+            force_last=True,
         )
         return Selection(index, count, "pages")
 

@@ -87,8 +87,9 @@ class Quest(Method):
             return EVERYTHING
         forced = self.variant == "normative"
         scores = view.page_scores(q, self.radius_scale, self.gqa, score_open=not forced)
-        pages = as_int32([pages_of(length, view.page_size) for length in view.lengths_list])
-        index, count = ops.select_top(scores, pages, as_int32(keep), force_last=forced)
+        items = [pages_of(length, view.page_size) for length in view.lengths_list]
+        pages, most = as_int32(items, q.device), as_int32(keep, q.device)
+        index, count = ops.select_top(scores, pages, most, force_last=forced)
         return Selection(index, count, "pages")
 
     def _pages_to_keep(self, lengths: tuple[int, ...], page_size: int) -> tuple[int, ...]:
