@@ -163,6 +163,7 @@ class Batch:
                 kv_heads=geometry.kv_heads,
                 scale=scale,
                 rotate=self.rotate,
+                through=group.method.backend,
             )
             out[first:last] = self._attend_group(group, first, view, q[first:last])
         return out

@@ -15,6 +15,7 @@ from quest_dist.methods.method import EVERYTHING, Method, PageRule, Selection, V
 class Full(Method):
     """softmax(q K^T / sqrt(d)) V over all tokens; it has no budget."""
 
+    selects_pages: ClassVar[bool] = True
     budgeted: ClassVar[bool] = False
 
     def select(self, view: View, q: Tensor) -> Selection:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from quest_dist import ops
+from quest_dist import on_flashinfer, ops
 from quest_dist.reference import Attended
 
 Gqa = Literal["per_query", "max", "mean"]
@@ -64,6 +64,7 @@ class View:
     kv_heads: int
     scale: float
     rotate: Callable[[Tensor, Tensor], Tensor]
+    through: ops.Through = "compiled"
 
     def page_scores(
         self, q: Tensor, radius_scale: float, reduce: Gqa, *, score_open: bool = False
@@ -98,6 +99,7 @@ class View:
             probabilities=probabilities,
             rolled_query=selection.rolled_query,
             rolled=selection.rolled,
+            through=self.through,
         )
 
 
@@ -115,14 +117,21 @@ class PageRule:
     reduce: Gqa = "max"
 
 
+@dataclass
 class Method(ABC):
-    """A method with its settings; `begin` gives it the rows that it serves."""
+    """A method with its settings; `begin` gives it the rows that it serves.
 
+    `backend` compiled | flashinfer says whose kernels attend for it and for its dense layers; it is
+    no part of the selection. Only a method that `selects_pages`, or everything, may leave compiled.
+    """
+
+    selects_pages: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
     needs_probabilities: ClassVar[bool] = False
     needs_prefill: ClassVar[bool] = False
 
-    budgets: tuple[int, ...] = ()
+    backend: ops.Through = field(default="compiled", kw_only=True)
+    budgets: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def begin(self, budgets: Sequence[int], lengths: Sequence[int]) -> None:
         """Serve rows with these budgets, whose contexts have just been prefilled to `lengths`
@@ -164,6 +173,21 @@ class Method(ABC):
         """Raise ValueError for a budget that this method cannot honour."""
         if budget < 1:
             raise ValueError(f"budget={budget}: a query attends to at least 1 token")
+
+    def check_backend(
+        self, device: str, dtype: str | None = None, head_dim: int | None = None
+    ) -> None:
+        """Raise ValueError for a backend that this method or a model (None: not known) rules
+        out."""
+        check_choice("backend", self.backend, ops.THROUGH)
+        if self.backend == "compiled":
+            return
+        if not self.selects_pages:
+            raise ValueError(
+                f"backend={self.backend} attends to pages, but {type(self).__name__} lists tokens; "
+                "choose compiled"
+            )
+        on_flashinfer.check(device, dtype, head_dim)
 
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:

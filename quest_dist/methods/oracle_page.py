@@ -9,6 +9,7 @@ page count as in Quest.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ SCORES = ("mass", "max")
 @dataclass
 class OraclePage(Method):
     """Settings: `gqa` per_query | max | mean; `score` mass | max."""
+
+    selects_pages: ClassVar[bool] = True
 
     gqa: Gqa = "per_query"
     score: str = "mass"

@@ -17,6 +17,7 @@ floored, so that a budget above the length still drops one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -70,6 +71,8 @@ class Quest(Method):
     max | mean: one list a kv head from the group's scores), `radius_scale` (1.0 is Quest's bound),
     `variant`.
     """
+
+    selects_pages: ClassVar[bool] = True
 
     gqa: Gqa = "per_query"
     radius_scale: float = 1.0
