@@ -60,7 +60,6 @@ class Decoder:
         rows.reserve(steps)
         self._patched, self._rows, self._dense_layers = patched, rows, group.dense_layers
         self._left = steps
-        self._cache = PagedCache(self)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: Tensor | None = None
         pool, count = rows.pool, len(rows)
@@ -102,7 +101,7 @@ class Decoder:
 
         Raises ValueError on the CPU.
         """
-        device = self.pool.device
+        device = self.lengths.device
         if device.type != "cuda":
             raise ValueError(f"Decoder: its rows are on {device}; only a GPU's steps are captured")
         tokens, lengths = self.tokens.clone(), self.lengths.clone()
@@ -136,7 +135,7 @@ class Decoder:
         out = self._patched.model(
             input_ids=self.tokens,
             position_ids=(self.lengths - 1).long()[:, None],
-            past_key_values=self._cache,
+            past_key_values=PagedCache(self),  # kept, it would keep these pages alive
             logits_to_keep=1,
         )
         self.logits.copy_(out.logits[:, -1])
@@ -170,6 +169,11 @@ class Decoder:
 
 def page_rule(group: Group) -> PageRule:
     """The page rule of a group's method; ValueError for a method that is none."""
+    if group.method.backend != "compiled":
+        raise ValueError(
+            f"backend={group.method.backend} plans every step on the host, so it cannot decode on"
+            " the device alone; choose compiled"
+        )
     rule = group.method.page_rule()
     if rule is None:
         name = type(group.method).__name__.lower()

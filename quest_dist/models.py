@@ -180,6 +180,20 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
     return LoadedModel(model, tokenizer, language(read, tokenizer, model), placed)
 
 
+def random(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A Llama with seeded random weights; `sizes` are fields of transformers' LlamaConfig."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    auto: Any = transformers.AutoModelForCausalLM
+    with device:
+        config = transformers.LlamaConfig(**sizes)
+        model = auto.from_config(config, dtype=dtype)
+    made: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return made
+
+
 def place(device: str) -> torch.device:
     """The torch device of a name: cpu or cuda; ValueError where torch finds no GPU."""
     import torch

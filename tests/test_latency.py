@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -274,6 +275,11 @@ def test_methods_that_are_no_page_rule_are_refused(name: str, settings: dict[str
         latency.page_rule(Group(method, [8], 0))
 
 
+def test_a_backend_that_plans_on_the_host_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend=flashinfer plans every step on the host"):
+        latency.page_rule(group_of("quest", [8], backend="flashinfer"))
+
+
 def test_moving_rotations_and_too_few_steps_are_refused() -> None:
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = tiny(rope_parameters=scaled)
@@ -283,6 +289,14 @@ def test_moving_rotations_and_too_few_steps_are_refused() -> None:
             Decoder(patched, rows, group_of("full", [0]), 5)
         with pytest.raises(ValueError, match="steps=0; expected at least 1"):
             Decoder(patched, rows, group_of("full", [0]), 0)
+
+
+def test_a_decoder_that_is_dropped_frees_its_pages() -> None:
+    with decoding(group_of("quest", [16]), TOKENS[:40], 3) as decoder:
+        decoder.step()
+        pages = weakref.ref(decoder.pool)
+    del decoder
+    assert pages() is None
 
 
 def test_only_a_gpu_captures() -> None:
