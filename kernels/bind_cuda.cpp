@@ -103,8 +103,8 @@ void decode(const Launch& launch, const Pages& pages, const Strided& q, const St
                     radius_scale,
                     static_cast<quest::Reduce>(reduce),
                     scale};
-  const quest::Attended result{at<void>(out),  at<int32_t>(attended), at<int32_t>(read),
-                               at<float>(lse), nullptr,               0};
+  const quest::Attended result{
+      at<void>(out), at<int32_t>(attended), at<int32_t>(read), at<float>(lse), nullptr, 0};
   quest::cuda::decode(launch, pages, token, heads, result, at<int32_t>(counters),
                       at<void>(workspace));
 }
@@ -133,7 +133,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("attend", &attend);
   m.def("attend_workspace_bytes", &quest::cuda::attend_workspace_bytes);
   m.def("decode", &decode);
-  m.def("decode_workspace_bytes", &quest::cuda::decode_workspace_bytes);
+  m.def("decode_workspace_bytes", [](const Pages& pages, int64_t heads, int reduce) {
+    return quest::cuda::decode_workspace_bytes(pages, heads, static_cast<quest::Reduce>(reduce));
+  });
   m.def("check_lists", &check_lists);
   m.def("token_scores", &token_scores);
   m.def("gather", &gather);

@@ -16,7 +16,7 @@ from torch import Tensor
 from quest_dist.arguments import WORD, Arguments, strided
 from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
-from quest_dist.reference import Attended, rotate
+from quest_dist.reference import Attended
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -163,10 +163,6 @@ def decode(
     sin: Tensor | None,
 ) -> Attended:
     """ops.decode; `kind` counts in ops.REDUCTIONS."""
-    if keep is not None and kind == 0 and a["H"] > a["G"]:
-        return _decode_in_pieces(
-            a, q, kv, meta, page_table, lengths, keep, radius_scale, kind, scale, k, v, cos, sin
-        )
     native, rows, heads, device = compiled_cuda(), a["R"], a["H"], kv.device
     new = [None if x is None else _in_words(x) for x in (q, k, v, cos, sin)]
     result = Attended(
@@ -177,7 +173,7 @@ def decode(
         lse=torch.empty(rows, heads, device=device),
     )
     pages = a.pages(native, kv, page_table, meta)
-    size = native.decode_workspace_bytes(pages, heads)
+    size = native.decode_workspace_bytes(pages, heads, kind)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     token = [
         native.Strided(0, 0, 0, 0) if x is None else strided(native, x[:, :, None]) for x in new[:3]
@@ -205,39 +201,8 @@ def decode(
         _zero_counters(device, rows * heads).data_ptr(),
         workspace.data_ptr(),
     )
-    named = {} if keep is None else {"keep": keep}
-    check(a, page_table=page_table, lengths=lengths, **named)
+    check(a, page_table=page_table, lengths=lengths, keep=lengths if keep is None else keep)
     return result
-
-
-def _decode_in_pieces(
-    a: Arguments,
-    q: Tensor,
-    kv: Tensor,
-    meta: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    keep: Tensor,
-    radius_scale: float,
-    kind: int,
-    scale: float,
-    k: Tensor | None,
-    v: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-) -> Attended:
-    """Where query heads of a group choose alone: what they read together takes all their lists."""
-    a.sizes.update(n=1, Hs=a["H"], M=a["P"], K=a["P"])
-    a.chosen["unit"] = "pages"
-    if cos is not None and sin is not None:
-        q = rotate(q, cos, sin)
-        k = None if k is None else rotate(k, cos, sin)
-    if k is not None and v is not None:
-        append(a, kv, meta, page_table, k[:, :, None], v[:, :, None], lengths - 1)
-    q = q.contiguous()
-    scores = page_scores(a, q, kv, meta, page_table, lengths, radius_scale, kind, False)
-    index, count = select_top(a, scores, (lengths - 1) // a["S"] + 1, keep, True)
-    return attend(a, q, kv, page_table, lengths, index, count, 0, scale, False, None, 0)
 
 
 def token_scores(

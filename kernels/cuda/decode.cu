@@ -5,9 +5,10 @@
 namespace quest {
 namespace cuda {
 
-int64_t decode_workspace_bytes(const Pages& p, int64_t heads) {
+int64_t decode_workspace_bytes(const Pages& p, int64_t heads, Reduce reduce) {
+  const int64_t lists = reduce == Reduce::kPerQuery ? heads : p.kv_heads;
   return attend_workspace_bytes(p.rows, heads, p.dim) +
-         p.rows * p.kv_heads * p.row_pages * static_cast<int64_t>(sizeof(float));
+         p.rows * lists * p.row_pages * static_cast<int64_t>(sizeof(float));
 }
 
 void decode(const Launch& launch, const Pages& p, const Token& token, int64_t heads,

@@ -76,13 +76,13 @@ struct Token {
   const int32_t* lengths;
   const int32_t* keep;  // pages a row attends to, < 0: all; nullptr: all of every row
   float radius_scale;
-  Reduce reduce;  // not kPerQuery where a group has several heads that choose
+  Reduce reduce;
   float scale;
 };
 
 // The bits of rotating, append, page_scores, select_top with force_last and attend, in two kernels.
 // `counters` and `workspace` as for attend, the latter of decode_workspace_bytes.
-int64_t decode_workspace_bytes(const Pages& pages, int64_t heads);
+int64_t decode_workspace_bytes(const Pages& pages, int64_t heads, Reduce reduce);
 void decode(const Launch& launch, const Pages& pages, const Token& token, int64_t heads,
             const Attended& result, int32_t* counters, void* workspace);
 

@@ -62,9 +62,10 @@ __device__ __forceinline__ int64_t row_of(const Pages& p, int64_t row, int64_t k
 struct Place {
   unsigned tile, row, head;
 };
-__device__ __forceinline__ Place place_of(const Pages& p, unsigned tiles) {
-  const unsigned rows = static_cast<unsigned>(p.rows), task = blockIdx.x / tiles;
-  return {blockIdx.x % tiles, task % rows, task / rows};
+__device__ __forceinline__ Place place_of(const Pages& p, unsigned tiles,
+                                          unsigned block = blockIdx.x) {
+  const unsigned rows = static_cast<unsigned>(p.rows), task = block / tiles;
+  return {block % tiles, task % rows, task / rows};
 }
 
 template <int kLanes>
