@@ -24,6 +24,9 @@ class Pages:
 class Strided:
     def __init__(self, data: int, row: int, head: int, token: int) -> None: ...
 
+class Angles:
+    def __init__(self, cos: int, sin: int, cos_row: int, sin_row: int, wide: bool) -> None: ...
+
 class Selection:
     def __init__(self, index: int, count: int, lists: int, width: int, unit: int) -> None: ...
 
@@ -71,6 +74,27 @@ def attend(
     lse: int,
     probabilities: int,
     probability_width: int,
+    counters: int,
+    workspace: int,
+) -> None: ...
+def decode_workspace_bytes(pages: Pages, heads: int, reduce: int) -> int: ...
+def decode(
+    launch: Launch,
+    pages: Pages,
+    q: Strided,
+    k: Strided,
+    v: Strided,
+    angles: Angles,
+    heads: int,
+    lengths: int,
+    keep: int,
+    radius_scale: float,
+    reduce: int,
+    scale: float,
+    out: int,
+    attended: int,
+    read: int,
+    lse: int,
     counters: int,
     workspace: int,
 ) -> None: ...

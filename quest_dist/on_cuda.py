@@ -16,7 +16,7 @@ from torch import Tensor
 from quest_dist.arguments import WORD, Arguments, strided
 from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
-from quest_dist.reference import Attended, rotate
+from quest_dist.reference import Attended
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -163,19 +163,46 @@ def decode(
     sin: Tensor | None,
 ) -> Attended:
     """ops.decode; `kind` counts in ops.REDUCTIONS."""
-    a.sizes.update(n=1, Hs=a["G"] if kind else a["H"], M=a["P"], K=a["P"])
-    a.chosen["unit"] = "pages"
-    if cos is not None and sin is not None:
-        q = rotate(q, cos, sin)
-        k = None if k is None else rotate(k, cos, sin)
-    if k is not None and v is not None:
-        append(a, kv, meta, page_table, k[:, :, None], v[:, :, None], lengths - 1)
-    q = q.contiguous()
-    index = count = None
-    if keep is not None:
-        scores = page_scores(a, q, kv, meta, page_table, lengths, radius_scale, kind, False)
-        index, count = select_top(a, scores, (lengths - 1) // a["S"] + 1, keep, True)
-    return attend(a, q, kv, page_table, lengths, index, count, 0, scale, False, None, 0)
+    native, rows, heads, device = compiled_cuda(), a["R"], a["H"], kv.device
+    new = [None if x is None else _in_words(x) for x in (q, k, v, cos, sin)]
+    result = Attended(
+        out=torch.empty(rows, heads, a["D"], dtype=q.dtype, device=device),
+        attended=torch.empty(rows, heads, dtype=torch.int32, device=device),
+        read=torch.empty(rows, a["G"], dtype=torch.int32, device=device),
+        probabilities=None,
+        lse=torch.empty(rows, heads, device=device),
+    )
+    pages = a.pages(native, kv, page_table, meta)
+    size = native.decode_workspace_bytes(pages, heads, kind)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    token = [
+        native.Strided(0, 0, 0, 0) if x is None else strided(native, x[:, :, None]) for x in new[:3]
+    ]
+    angles = native.Angles(0, 0, 0, 0, False)
+    if new[3] is not None and new[4] is not None:
+        cos, sin = new[3], new[4]
+        wide = cos.dtype == torch.float32
+        angles = native.Angles(cos.data_ptr(), sin.data_ptr(), cos.stride(0), sin.stride(0), wide)
+    native.decode(
+        _launch(kv),
+        pages,
+        *token,
+        angles,
+        heads,
+        lengths.data_ptr(),
+        0 if keep is None else keep.data_ptr(),
+        radius_scale,
+        kind,
+        scale,
+        result.out.data_ptr(),
+        result.attended.data_ptr(),
+        result.read.data_ptr(),
+        result.lse.data_ptr(),
+        _zero_counters(device, rows * heads).data_ptr(),
+        workspace.data_ptr(),
+    )
+    check(a, page_table=page_table, lengths=lengths, keep=lengths if keep is None else keep)
+    return result
 
 
 def token_scores(
