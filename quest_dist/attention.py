@@ -15,9 +15,9 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +27,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quest_dist.arguments import check_device
-from quest_dist.batch import Batch, Group, new_batch
+from quest_dist.batch import Group, new_batch
 from quest_dist.folders import find
 from quest_dist.methods.method import Method
 from quest_dist.plan import Spec
@@ -37,10 +37,23 @@ from quest_dist.suggest import did_you_mean
 ATTENTION = "quest_dist"
 
 
-class PagedCache(Cache):
-    """transformers' view of a `Batch`: what the model writes to and asks the length of."""
+class Attends(Protocol):
+    """Rows whose attention is patched in; `batch.Batch` says what its methods do."""
 
-    def __init__(self, batch: Batch | None = None) -> None:
+    def write(self, layer: int, k: Tensor, v: Tensor, padding: Sequence[int] | None) -> None:
+        """Take the new keys and values of a layer."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of the tokens just written."""
+
+    def count(self) -> None:
+        """A forward pass is over."""
+
+
+class PagedCache(Cache):
+    """transformers' view of rows: what the model writes to and asks the length of."""
+
+    def __init__(self, batch: Attends | None = None) -> None:
         super().__init__(layers=[])
         self.batch = batch
         self.padding: list[int] | None = None

@@ -81,7 +81,7 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     page_size = points[0].page_size
     with patch(loaded.model, lambda rows: groups, page_size) as patched:
         started = _now(loaded.device)
-        prefix = _prefill(loaded, patched, sample, groups, len(order))
+        prefix = prefill(loaded, patched, sample, groups, len(order))
         prefilled = _now(loaded.device)
         rows, measured = _decode(loaded, sample, prefix.fork(groups), order)
         finished = _now(loaded.device)
@@ -126,11 +126,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _prefill(
+def prefill(
     loaded: LoadedModel, patched: Patch, sample: Sample, groups: Sequence[Group], rows: int
 ) -> Batch:
-    """The prefilled context as a batch of one row, in a pool with room for the tails of `rows`
-    rows."""
+    """The context of a sample as a batch of one row, in a pool with room for the tails of `rows`
+    rows; the methods of `groups` look on."""
     length = len(sample.context)
     tails = rows * (len(sample.tail) + sample.max_new_tokens + patched.page_size)
     prefix = new_batch(

@@ -24,7 +24,7 @@ from quest_dist.reference import Attended
 
 DEVICE = torch.device("meta")
 #: What moves data from one device to another.
-MOVES = ("aten::_to_copy", "aten::copy_")
+MOVES = ("aten::_to_copy", "aten::copy_", "aten::_has_compatible_shallow_copy_type")
 
 
 class OneDevice(TorchDispatchMode):

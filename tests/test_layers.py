@@ -32,7 +32,7 @@ LAYERS = (
     ("tasks/", "ledger", "cost", "stats"),
     ("pool", "batch", "methods/", "bundled", "table"),
     ("attention", "models", "overview", "projection"),
-    ("engine", "figures/", "mlflow_store", "tracker", "provenance"),
+    ("engine", "latency", "figures/", "mlflow_store", "tracker", "provenance"),
     ("worker", "prepare"),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),
     ("launch", "compose", "mistakes"),

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quest_dist.methods.method import EVERYTHING, Method, Selection, View
+from quest_dist.methods.method import EVERYTHING, Method, PageRule, Selection, View
 
 
 @dataclass
@@ -21,6 +21,10 @@ class Full(Method):
     def select(self, view: View, q: Tensor) -> Selection:
         """Everything."""
         return EVERYTHING
+
+    def page_rule(self) -> PageRule:
+        """Everything."""
+        return PageRule()
 
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """All tokens."""

@@ -103,6 +103,20 @@ class View:
         )
 
 
+@dataclass(frozen=True)
+class PageRule:
+    """A method that one `ops.decode` a layer carries out with nothing but lengths and budgets.
+
+    `keep(lengths, budgets, page_size)` says how many pages each row attends to, int32 [R], all of
+    them where negative: the last one and the best by `ops.page_scores`. It computes where the
+    lengths are and reads nothing back. None: everything is attended to.
+    """
+
+    keep: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    radius_scale: float = 1.0
+    reduce: Gqa = "max"
+
+
 @dataclass
 class Method(ABC):
     """A method with its settings; `begin` gives it the rows that it serves.
@@ -145,6 +159,10 @@ class Method(ABC):
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named; the others have finished."""
         self.budgets = tuple(self.budgets[row] for row in rows)
+
+    def page_rule(self) -> PageRule | None:
+        """What `select` does, as a page rule; None where it is not one."""
+        return None
 
     @abstractmethod
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from quest_dist.methods.method import (
     GQA_CHOICES,
     Gqa,
     Method,
+    PageRule,
     Selection,
     View,
     as_int32,
@@ -46,6 +47,13 @@ def pages_to_keep(length: int, budget: int, page_size: int) -> int:
     pages)."""
     keep = max(1, budget // page_size)
     return -1 if budget >= length or pages_of(length, page_size) <= keep else keep
+
+
+def pages_to_keep_there(lengths: Tensor, budgets: Tensor, page_size: int) -> Tensor:
+    """`pages_to_keep` of rows, int32 [R], where their lengths and budgets, int32 [R], are."""
+    keep = (budgets // page_size).clamp(min=1)
+    pages = (lengths + (page_size - 1)) // page_size
+    return keep.masked_fill((budgets >= lengths) | (pages <= keep), -1)
 
 
 def tokens_in_pages(length: int, budget: int, page_size: int) -> int:
@@ -91,6 +99,12 @@ class Quest(Method):
         pages, most = as_int32(items, q.device), as_int32(keep, q.device)
         index, count = ops.select_top(scores, pages, most, force_last=forced)
         return Selection(index, count, "pages")
+
+    def page_rule(self) -> PageRule | None:
+        """The normative variant is one; eval_compat lets the current page compete."""
+        if self.variant != "normative":
+            return None
+        return PageRule(pages_to_keep_there, self.radius_scale, self.gqa)
 
     def _pages_to_keep(self, lengths: tuple[int, ...], page_size: int) -> tuple[int, ...]:
         rows = zip(lengths, self.budgets, strict=True)
