@@ -310,8 +310,7 @@ def patched(
         probe.check_budget(budget, page_size)
     elif budget is not None:
         raise ValueError(f"budget={budget}: method {method!r} has no budget")
-    dtype = str(model.dtype).removeprefix("torch.")
-    probe.check_backend(model.device.type, dtype, geometry_of(model).head_dim)
+    probe.check_backend(model.device.type, str(model.dtype), geometry_of(model).head_dim)
 
     def fresh_groups(rows: int) -> list[Group]:
         return [Group(spec.build(), [budget or 0] * rows, dense_layers)]

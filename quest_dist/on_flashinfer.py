@@ -45,11 +45,11 @@ def version() -> str | None:
 def check(device: str, dtype: str | None = None, head_dim: int | None = None) -> None:
     """ValueError, in one line, for what FlashInfer does not run on; None is not known yet.
 
-    `device` is a type, as cpu or cuda; `dtype` a name, as bfloat16.
+    `device` is a type, as cpu or cuda; `dtype` a name, as bfloat16 or torch.bfloat16.
     """
     if device != "cuda":
         raise ValueError(f"backend=flashinfer runs on CUDA devices only, not on the {device}")
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
         raise ValueError(f"backend=flashinfer takes {' or '.join(DTYPES)}, not {dtype}")
     if head_dim is not None and head_dim not in HEAD_DIMS:
         choices = ", ".join(map(str, HEAD_DIMS))
@@ -146,7 +146,7 @@ def attend(
         raise a.refuse("unit", repr(a.chosen["unit"]), "'pages' through flashinfer")
     if probabilities:
         raise a.refuse("probabilities", "True", "False through flashinfer, which gives none")
-    check(kv.device.type, str(kv.dtype).removeprefix("torch."), a["D"])
+    check(kv.device.type, str(kv.dtype), a["D"])
     if torch.cuda.is_current_stream_capturing():
         raise ValueError("backend=flashinfer plans on the host: a CUDA graph cannot hold it")
     requests = page_requests(kv, a["H"], page_table, lengths, index, count)

@@ -156,7 +156,7 @@ def _check_length(config: Mapping[str, Any], needs: int | None) -> None:
 
 def _check_methods(points: Sequence[Point], resources: Cluster) -> None:
     built: dict[str, Any] = {}
-    device = "cuda" if resources.gpus_per_worker else "cpu"
+    device = cluster.device_of(resources)
     for point in points:
         name = point.method.name
         if name not in built:

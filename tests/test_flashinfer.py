@@ -6,9 +6,11 @@ import inspect
 from typing import Any
 
 import gpu
+import paged_decode
 import pytest
 import torch
 import transformers
+from cache_harness import METHODS, Stream, decode, method_spec
 from pools import Case, close, name, random_lists, shared
 
 import quest_dist
@@ -106,6 +108,25 @@ def test_a_patched_model_on_the_cpu_is_refused() -> None:
         pass
 
 
+@pytest.mark.parametrize("dense_layers", [0, 1])
+def test_dense_layers_and_selections_go_through_it(dense_layers: int) -> None:
+    with pytest.raises(ValueError, match="flashinfer"):
+        decode(
+            Stream.random(20),
+            lambda: Quest(backend="flashinfer"),
+            [8],
+            prefix=16,
+            dense_layers=dense_layers,
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_that_select_pages_offer_it(method: str) -> None:
+    spec = method_spec(method)
+    assert ("backend" in spec.settings) == spec.build().selects_pages
+    assert spec.build().backend == "compiled"
+
+
 @needs_flashinfer
 def test_the_library_takes_what_is_passed() -> None:
     import flashinfer
@@ -121,6 +142,9 @@ def test_the_library_takes_what_is_passed() -> None:
     run = inspect.signature(inspect.unwrap(decode.run)).parameters
     assert [*run][1:3] == ["q", "paged_kv_cache"]
     assert "return_lse" in run
+    ours = paged_decode.BatchDecodeWithPagedKVCacheWrapper
+    assert set(inspect.signature(ours).parameters) <= set(made)
+    assert set(inspect.signature(ours.plan).parameters) <= set(plan)
 
 
 ON_GPU = [
@@ -144,3 +168,26 @@ def test_our_kernels_agree_with_it(case: Case, each: str) -> None:
     assert close(theirs.lse.cpu(), ours.lse.double().cpu(), "prefill bf16")
     assert torch.equal(theirs.attended, ours.attended)
     assert torch.equal(theirs.read, ours.read)
+
+
+@needs_flashinfer
+@pytest.mark.gpu
+@pytest.mark.skipif(not gpu.available, reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["full", "quest"])
+def test_a_model_on_a_gpu_says_nearly_the_same(method: str) -> None:
+    config = transformers.LlamaConfig(
+        **{"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 97},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    tokens = torch.randint(97, (2, 300), device="cuda")
+    budget = {} if method == "full" else {"budget": 128}
+    logits = []
+    for backend in ops.THROUGH:
+        with quest_dist.patched(model, method, backend=backend, **budget), torch.inference_mode():
+            cache = model(tokens[:, :-1]).past_key_values
+            logits.append(model(tokens[:, -1:], past_key_values=cache).logits.double().cpu())
+    assert logits[1].isfinite().all()
+    if method == "full":  # a rounding may let Quest's last layer choose another page
+        assert close(logits[1], logits[0], "prefill bf16")

@@ -1,16 +1,19 @@
-"""Requests say what lists say: FlashInfer's contract, read in plain torch, is attention."""
+"""Requests say what lists say: a paged decode of them, in float64, is the reference's attention."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import math
 
+import no_gpu
+import paged_decode
 import pytest
 import torch
 from pools import Case, Pool, close, filled_pool, name, random_lists, shared
 
 from quest_dist import ops, reference
-from quest_dist.page_requests import PageRequests, page_requests, request_pages
+from quest_dist.on_flashinfer import Decode
+from quest_dist.page_requests import PageRequests, page_requests
 
 CASES = [
     Case(torch.float32, group, page_size, 8, kv_heads)
@@ -20,31 +23,10 @@ CASES = [
 ]
 
 
-def interpreted(
-    requests: PageRequests, q: torch.Tensor, kv: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in float64 as a paged decode that takes CSR defines it, and its log sum exp."""
-    keys, values = request_pages(kv.double(), requests.kv_heads)
-    assert keys.stride() == values.stride()
-    size, dim = keys.shape[2:]
-    outs, sums = [], []
-    bounds = requests.indptr.tolist()
-    each = q.double().reshape(-1, requests.heads, dim)
-    assert len(each) == len(bounds) - 1
-    for b, (start, end) in enumerate(itertools.pairwise(bounds)):
-        pages = requests.indices[start:end].long()
-        last = int(requests.last_page_len[b])
-        assert 1 <= last <= size
-        held = (len(pages) - 1) * size + last
-        k, v = (
-            x[pages].transpose(0, 1).reshape(requests.kv_heads, -1, dim)[:, :held]
-            for x in (keys, values)
-        )
-        of = torch.arange(requests.heads) // requests.group
-        scores = (k[of] @ each[b][:, :, None])[:, :, 0] * dim**-0.5
-        outs.append((scores.softmax(-1)[:, None] @ v[of])[:, 0])
-        sums.append(scores.logsumexp(-1))
-    return torch.stack(outs).view(q.shape), torch.stack(sums).view(q.shape[:2])
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What defines FlashInfer's results stands in for it."""
+    paged_decode.install(monkeypatch)
 
 
 def agree(
@@ -52,9 +34,11 @@ def agree(
 ) -> PageRequests:
     requests = page_requests(pool.kv, q.shape[1], pool.table, pool.lengths, index, count)
     want = reference.attend(q.double(), pool.kv.double(), pool.table, pool.lengths, index, count)
-    out, lse = interpreted(requests, q, pool.kv)
+    decode = Decode(q.device, tensor_cores=False)
+    decode.plan(requests, q.double(), pool.kv.double(), q.shape[2] ** -0.5)
+    out, lse = decode.out_and_lse(q.double(), pool.kv.double())
     assert close(out, want.out, torch.float64)
-    assert close(lse, want.lse, torch.float64)
+    assert close(lse * math.log(2), want.lse, torch.float64)
     assert torch.equal(requests.attended, want.attended)
     assert torch.equal(requests.read, want.read)
     return requests
@@ -137,3 +121,17 @@ def test_lists_as_select_top_gives_them() -> None:
     assert requests.indptr.dtype == requests.indices.dtype == torch.int32
     ours = ops.attend(q, pool.kv, pool.table, pool.lengths, index, count)
     assert torch.equal(requests.read, ours.read)
+
+
+@pytest.mark.parametrize("lists", [None, 1, 2, 8])
+def test_nothing_waits_for_the_device(lists: int | None) -> None:
+    case = Case(torch.bfloat16, 4, 16)
+    pool, _ = shared(case)
+    given = (None, None) if lists is None else random_lists(case, lists, "pages")
+    here = (pool.kv, case.heads, pool.table, pool.lengths, *given)
+    there = [x.to(no_gpu.DEVICE) if isinstance(x, torch.Tensor) else x for x in here]
+    with no_gpu.OneDevice():
+        requests = page_requests(*there)
+    for got, want in zip(requests, page_requests(*here), strict=True):
+        if isinstance(want, torch.Tensor):
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from quest_dist import on_flashinfer, ops
 from quest_dist.bench.shapes import parsed_size
+from quest_dist.cluster import lacking_for_gpus
 
 DEVICES = ("cpu", "cuda")
 #: Where the last-level cache's size cannot be read, it is taken to be this.
@@ -42,7 +42,7 @@ class Place:
     def no_flashinfer(self, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why FlashInfer cannot be timed here, in one line; None where it can."""
         try:
-            on_flashinfer.check(self.device.type, str(dtype).removeprefix("torch."), head_dim)
+            on_flashinfer.check(self.device.type, str(dtype), head_dim)
         except ValueError as error:
             return str(error)
         return None
@@ -63,20 +63,17 @@ def chosen_place(option: str | None) -> Place:
 
     ValueError for a name that is unknown and for a GPU that cannot be used.
     """
-    built = importlib.util.find_spec("quest_dist._cuda") is not None
+    lacking = lacking_for_gpus()
     if option is None:
-        option = "cuda" if built and torch.cuda.is_available() else "cpu"
+        option = "cuda" if not lacking and torch.cuda.is_available() else "cpu"
     if option not in DEVICES:
         raise ValueError(f"--device={option} is unknown; choose one of {', '.join(DEVICES)}")
     if option == "cpu":
         return Place(torch.device("cpu"), *last_level_cache())
+    if lacking:
+        raise ValueError(f"--device=cuda: {lacking}")
     if not torch.cuda.is_available():
         raise ValueError("--device=cuda: torch finds no CUDA device")
-    if not built:
-        raise ValueError(
-            "--device=cuda: quest_dist._cuda is not built: run "
-            "`python setup.py build_ext --inplace` with CUDA's nvcc in PATH"
-        )
     device = torch.device("cuda", torch.cuda.current_device())
     size = torch.cuda.get_device_properties(device).L2_cache_size
     return Place(device, size, "torch.cuda.get_device_properties")
