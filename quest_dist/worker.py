@@ -53,7 +53,7 @@ def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[st
     )
     for index in work.samples:
         records = _sample(loaded, task, index, work.points)
-        _release_memory()
+        _release_memory(loaded)
         yield {"unit": work.key, "sample": index, "records": records}
 
 
@@ -76,12 +76,16 @@ def _load(unit: Unit, runtime: Runtime) -> LoadedModel:
     return _loaded[key]
 
 
-def _release_memory() -> None:
-    """Hand what a sample has freed back to the system.
+def _release_memory(loaded: LoadedModel) -> None:
+    """Hand what a sample has freed back to the system, and to the workers that share the GPU.
 
     A scheduler runs units in threads other than the main one, whose heaps glibc never trims by
     itself: without this a worker grows by a few MB a sample for as long as it lives.
     """
+    if loaded.device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
     if trim is not None:
         trim(0)
@@ -107,6 +111,7 @@ def _evaluate(
     try:
         return list(engine.evaluate(loaded, sample, points))
     except Exception as error:
+        _check_alive(loaded)
         methods = {point.method.canonical() for point in points}
         if len(methods) == 1:
             return [error] * len(points)
@@ -116,6 +121,15 @@ def _evaluate(
         results = _evaluate(loaded, sample, members)
         found |= {point.key: result for point, result in zip(members, results, strict=True)}
     return [found[point.key] for point in points]
+
+
+def _check_alive(loaded: LoadedModel) -> None:
+    """Raise where an error has ended this process's use of its GPU, which only a new one gets
+    back."""
+    if loaded.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(loaded.device)
 
 
 def _record(
