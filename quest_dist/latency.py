@@ -168,15 +168,15 @@ class Decoder:
 
 
 def page_rule(group: Group) -> PageRule:
-    """The page rule of a group's method; ValueError for a method that is none."""
+    """The page rule of a group's method; ValueError for a method that is none, and for a backend
+    that plans on the host."""
+    rule, name = group.method.page_rule(), type(group.method).__name__.lower()
     if group.method.backend != "compiled":
         raise ValueError(
-            f"backend={group.method.backend} plans every step on the host, so it cannot decode on"
-            " the device alone; choose compiled"
+            f"method {name}: backend={group.method.backend} plans each call on the host, so it"
+            " cannot decode on the device alone; choose compiled"
         )
-    rule = group.method.page_rule()
     if rule is None:
-        name = type(group.method).__name__.lower()
         raise ValueError(
             f"method {name} as it is set is no page rule, so it cannot decode on the device alone;"
             " full can, and quest and tightbound with variant=normative"

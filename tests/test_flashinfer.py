@@ -15,7 +15,9 @@ from pools import Case, close, name, random_lists, shared
 
 import quest_dist
 from quest_dist import on_flashinfer, ops
+from quest_dist.batch import Group
 from quest_dist.compose import composed
+from quest_dist.latency import page_rule
 from quest_dist.methods.full import Full
 from quest_dist.methods.h2o import H2O
 from quest_dist.methods.oracle_page import OraclePage
@@ -118,6 +120,11 @@ def test_dense_layers_and_selections_go_through_it(dense_layers: int) -> None:
             prefix=16,
             dense_layers=dense_layers,
         )
+
+
+def test_latency_mode_refuses_it() -> None:
+    with pytest.raises(ValueError, match="quest: backend=flashinfer plans each call on the host"):
+        page_rule(Group(Quest(backend="flashinfer"), [64], 0))
 
 
 @pytest.mark.parametrize("method", METHODS)

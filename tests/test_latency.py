@@ -275,11 +275,6 @@ def test_methods_that_are_no_page_rule_are_refused(name: str, settings: dict[str
         latency.page_rule(Group(method, [8], 0))
 
 
-def test_a_backend_that_plans_on_the_host_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend=flashinfer plans every step on the host"):
-        latency.page_rule(group_of("quest", [8], backend="flashinfer"))
-
-
 def test_moving_rotations_and_too_few_steps_are_refused() -> None:
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = tiny(rope_parameters=scaled)
