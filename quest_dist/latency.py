@@ -121,11 +121,11 @@ class Decoder:
                     self._decode()
                     again()
             torch.cuda.current_stream().wait_stream(aside)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._decode()
             again()
-        self._recorded = self.pool.kv
+        self._graph, self._recorded = graph, self.pool.kv
 
     @torch.inference_mode()
     def _decode(self) -> None:
