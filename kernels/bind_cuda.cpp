@@ -140,6 +140,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("token_scores", &token_scores);
   m.def("gather", &gather);
   m.def("device_count", &quest::cuda::device_count);
+  m.def("capture_id", [](Address stream) { return quest::cuda::capture_id(at<void>(stream)); });
   m.def("warm_up", &quest::cuda::warm_up);
   m.attr("LARGEST_DIM") = quest::cuda::kLargestDim;
   m.attr("NO_FAULT") = quest::cuda::kNoFault;

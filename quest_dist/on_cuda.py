@@ -18,7 +18,8 @@ from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
 from quest_dist.reference import Attended
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+#: (device, stream, whether it is for a graph) -> the capture and its counters.
+_counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
 def append(
@@ -201,7 +202,8 @@ def decode(
         _zero_counters(device, rows * heads).data_ptr(),
         workspace.data_ptr(),
     )
-    check(a, page_table=page_table, lengths=lengths, keep=lengths if keep is None else keep)
+    named = {"page_table": page_table, "lengths": lengths}
+    check(a, None, **named if keep is None else {**named, "keep": keep})
     return result
 
 
@@ -254,14 +256,16 @@ def _in_words(x: Tensor) -> Tensor:
 
 
 def _zero_counters(device: torch.device, many: int) -> Tensor:
-    """Counters for `attend`, which leaves them zero; calls on one stream share them.
+    """Counters for `attend` and `decode`, which leave them zero; calls on one stream share them.
 
-    A graph gets its own, zeroed at each replay: it may run beside what this stream does by then.
+    Each capture of a graph gets its own, zeroed when a replay starts: it may run beside what this
+    stream does by then.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(many, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    kept = _counters.get(key)
-    if kept is None or kept.numel() < many:
-        kept = _counters[key] = torch.zeros(max(many, 4096), dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    capture = compiled_cuda().capture_id(stream)
+    place = (device, stream, capture != 0)
+    before, kept = _counters.get(place, (0, None))
+    if kept is None or kept.numel() < many or before != capture:
+        kept = torch.zeros(max(many, 4096), dtype=torch.int32, device=device)
+        _counters[place] = (capture, kept)
     return kept

@@ -16,8 +16,8 @@ REPORTS = sorted((ROOT / "build" / "cuda").glob("*.ptxas"))
 SOURCES = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
 ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"}
 #: Kernel -> most registers a thread, so that the blocks that its latency needs stay resident: 168
-#: is three blocks of 128 threads on a multiprocessor, 128 four, 80 six, 64 eight; select_top has its
-#: list to itself.
+#: is three blocks of 128 threads on a multiprocessor, 128 four, 80 six, 64 eight; select_top has
+#: its list to itself.
 MOST_REGISTERS = {
     "append_kernel": 64,
     "gather_kernel": 40,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from new_tokens import KEEPS, assert_same, decoded, in_pieces, new_token, pages, same
 from pools import Case, close, empty_pool, filled_pool, name, queries
-from torch import Tensor
 
 from quest_dist import ops, reference
 
@@ -30,94 +28,6 @@ CASES = [
 SOME = [Case(d, g, 16) for d in FLOATS for g in (1, 4)]
 every_case = pytest.mark.parametrize("case", CASES, ids=name)
 some_cases = pytest.mark.parametrize("case", SOME, ids=name)
-#: Pages that each of a case's rows (seven at most) keeps.
-KEEPS: dict[str, tuple[int, ...] | None] = {
-    "none": None,
-    "everything": (-1,) * 7,
-    "last": (1,) * 7,
-    "some": (2, 2, 2, 2, 2, 3, 5),
-    "many": (1000,) * 7,
-    "mixed": (-1, 1, 2, 1, -1, 1000, 3),
-}
-
-
-@dataclass
-class Token:
-    """A pool without the newest token of its rows (length 1: without any), and that token."""
-
-    kv: Tensor
-    meta: Tensor
-    table: Tensor
-    lengths: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    cos: Tensor
-    sin: Tensor
-
-    def copy(self) -> Token:
-        return replace(self, kv=self.kv.clone(), meta=self.meta.clone())
-
-
-@cache
-def new_token(case: Case) -> Token:
-    """The token that makes the rows as long as the case's lengths; read only."""
-    pool, q = filled_pool(case), queries(case)
-    rows, columns = pool.table.shape
-    kv, meta, table = empty_pool(case, rows, columns)
-    for r, length in enumerate(case.lengths):
-        one, start = slice(r, r + 1), torch.zeros(1, dtype=torch.int32)
-        before = (x[one, :, : length - 1] for x in (pool.k, pool.v))
-        reference.append(kv, meta, table[one], *before, start)
-    last = pool.lengths.long() - 1
-    k, v = (x[torch.arange(rows), :, last] for x in (pool.k, pool.v))
-    frequency = 10_000.0 ** -torch.arange(0, 1, 2 / case.head_dim)
-    angle = (last[:, None] * frequency).repeat(1, 2)[:, : case.head_dim]
-    return Token(kv, meta, table, pool.lengths, q, k, v, angle.cos(), angle.sin())
-
-
-def decoded(token: Token, parts: str, keep: Tensor | None, **options: Any) -> ops.Attended:
-    """ops.decode on the token, whose pool takes k and v if `parts` has 'append'."""
-    if "append" in parts:
-        options |= {"k": token.k, "v": token.v}
-    if "rotate" in parts:
-        options |= {"cos": token.cos, "sin": token.sin}
-    place = (token.kv, token.meta, token.table, token.lengths)
-    return ops.decode(token.q, *place, keep, **options)
-
-
-def in_pieces(
-    token: Token, parts: str, keep: Tensor | None, reduce: ops.Reduce = "max", radius: float = 1.0
-) -> ops.Attended:
-    """The ops that decode stands for."""
-    q, k, lengths = token.q, token.k, token.lengths
-    if "rotate" in parts:
-        q, k = (reference.rotate(x, token.cos, token.sin) for x in (q, k))
-    if "append" in parts:
-        new = (k[:, :, None], token.v[:, :, None])
-        ops.append(token.kv, token.meta, token.table, *new, lengths - 1)
-    if keep is None:
-        return ops.attend(q, token.kv, token.table, lengths)
-    place = (token.kv, token.meta, token.table, lengths)
-    scores = ops.page_scores(q, *place, radius, reduce)
-    index, count = ops.select_top(scores, (lengths - 1) // token.kv.shape[3] + 1, keep, True)
-    return ops.attend(q, token.kv, token.table, lengths, index, count)
-
-
-def pages(case: Case, kind: str) -> Tensor | None:
-    """Pages to keep of one of KEEPS."""
-    keep = KEEPS[kind]
-    return None if keep is None else torch.tensor(keep[: len(case.lengths)], dtype=torch.int32)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
-
-
-def assert_same(got: ops.Attended, want: ops.Attended) -> None:
-    for field in ("out", "lse", "attended", "read"):
-        assert torch.equal(getattr(got, field), getattr(want, field)), field
-    assert got.probabilities is None
 
 
 @every_case
@@ -244,6 +154,37 @@ def test_a_row_decoded_token_by_token(isa: str, case: Case) -> None:
     )
     closed = meta[table[:, : steps // 16].long()]
     assert torch.equal(closed[:, :, :, 0], kv[table[:, : steps // 16].long(), :, 0].amax(dim=3))
+
+
+def test_long_rows_of_many_small_pages(device: str) -> None:
+    """Lists that are longer than what a GPU's block holds of keys, of pages and of marks."""
+    generator = torch.Generator().manual_seed(9)
+    lengths, shape = (20_000, 9000, 700), (3, 1, 20_000, 8)
+    k, v = (torch.randn(shape, generator=generator) for _ in range(2))
+    table = torch.randperm(60_000, generator=generator).view(3, -1).int()
+    kv, meta = ops.allocate_pages(1, 60_000, 1, 1, 8, torch.float32)
+    ops.append(kv[0], meta[0], table, k, v, torch.zeros(3, dtype=torch.int32))
+    q = torch.randn(3, 2, 8, generator=generator)
+    place = (kv[0], meta[0], table, torch.tensor(lengths, dtype=torch.int32))
+    for keep in ((19_000, 8500, 699), (3, 9000, 600), (9001, 1, -1)):
+        kept = torch.tensor(keep, dtype=torch.int32)
+        for reduce in ("max", "per_query"):
+            got = ops.decode(q, *place, kept, reduce=reduce)
+            scores = ops.page_scores(q, *place, reduce=reduce)
+            index, count = ops.select_top(scores, place[3], kept, True)
+            assert_same(got, ops.attend(q, kv[0], table, place[3], index, count))
+
+
+@every_case
+def test_memory_that_nothing_wrote_is_never_read(device: str, case: Case) -> None:
+    wanted = decoded(new_token(case).copy(), "append rotate", pages(case, "mixed"))
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        got = decoded(new_token(case).copy(), "append rotate", pages(case, "mixed"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(got, wanted)
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [

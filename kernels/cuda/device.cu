@@ -16,6 +16,13 @@ int device_count() {
   return count;
 }
 
+uint64_t capture_id(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  expect(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id), "capture_id");
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
 bool can_chain(int device, const void* kernel) {
   // 0: not known yet. Calls hold the GIL, and all would find the same.
   static std::atomic<int> known[64];

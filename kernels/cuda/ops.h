@@ -37,6 +37,9 @@ struct Launch {
 
 int device_count();
 
+// Which capture of a graph a stream is in; 0: none.
+uint64_t capture_id(void* stream);
+
 // Loads every kernel's code now: otherwise the first call of each does, which a capture forbids.
 void warm_up(int device);
 
