@@ -13,7 +13,9 @@ using Address = uintptr_t;
 using quest::Pages;
 using quest::Selection;
 using quest::Strided;
+using quest::cuda::Angles;
 using quest::cuda::Launch;
+using quest::cuda::Token;
 
 template <typename T>
 T* at(Address address) {
@@ -46,6 +48,10 @@ Strided make_strided(Address data, int64_t row, int64_t head, int64_t token) {
 Selection make_selection(Address index, Address count, int64_t lists, int64_t width, int unit) {
   return {at<const int32_t>(index), at<const int32_t>(count), lists, width,
           static_cast<quest::Unit>(unit)};
+}
+
+Angles make_angles(Address cos, Address sin, int64_t cos_row, int64_t sin_row, bool wide) {
+  return {at<const void>(cos), at<const void>(sin), cos_row, sin_row, wide};
 }
 
 void append(const Launch& launch, const Pages& pages, const Strided& k, const Strided& v,
@@ -84,6 +90,25 @@ void check_lists(const Launch& launch, const Pages& pages, Address lengths,
   quest::cuda::check_lists(launch, pages, at<const int32_t>(lengths), selection);
 }
 
+void decode(const Launch& launch, const Pages& pages, const Strided& q, const Strided& k,
+            const Strided& v, const Angles& angles, int64_t heads, Address lengths, Address keep,
+            float radius_scale, int reduce, float scale, Address out, Address attended,
+            Address read, Address lse, Address counters, Address workspace) {
+  const Token token{q,
+                    k,
+                    v,
+                    angles,
+                    at<const int32_t>(lengths),
+                    at<const int32_t>(keep),
+                    radius_scale,
+                    static_cast<quest::Reduce>(reduce),
+                    scale};
+  const quest::Attended result{
+      at<void>(out), at<int32_t>(attended), at<int32_t>(read), at<float>(lse), nullptr, 0};
+  quest::cuda::decode(launch, pages, token, heads, result, at<int32_t>(counters),
+                      at<void>(workspace));
+}
+
 void token_scores(const Launch& launch, const Pages& pages, Address q, int64_t heads,
                   Address lengths, float scale, Address out, int64_t width) {
   quest::cuda::token_scores(launch, pages, at<const void>(q), heads, at<const int32_t>(lengths),
@@ -101,15 +126,21 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<Pages>(m, "Pages", py::module_local()).def(py::init(&make_pages));
   py::class_<Strided>(m, "Strided", py::module_local()).def(py::init(&make_strided));
   py::class_<Selection>(m, "Selection", py::module_local()).def(py::init(&make_selection));
+  py::class_<Angles>(m, "Angles", py::module_local()).def(py::init(&make_angles));
   m.def("append", &append);
   m.def("page_scores", &page_scores);
   m.def("select_top", &select_top);
   m.def("attend", &attend);
   m.def("attend_workspace_bytes", &quest::cuda::attend_workspace_bytes);
+  m.def("decode", &decode);
+  m.def("decode_workspace_bytes", [](const Pages& pages, int64_t heads, int reduce) {
+    return quest::cuda::decode_workspace_bytes(pages, heads, static_cast<quest::Reduce>(reduce));
+  });
   m.def("check_lists", &check_lists);
   m.def("token_scores", &token_scores);
   m.def("gather", &gather);
   m.def("device_count", &quest::cuda::device_count);
+  m.def("capture_id", [](Address stream) { return quest::cuda::capture_id(at<void>(stream)); });
   m.def("warm_up", &quest::cuda::warm_up);
   m.attr("LARGEST_DIM") = quest::cuda::kLargestDim;
   m.attr("NO_FAULT") = quest::cuda::kNoFault;

@@ -24,6 +24,9 @@ class Pages:
 class Strided:
     def __init__(self, data: int, row: int, head: int, token: int) -> None: ...
 
+class Angles:
+    def __init__(self, cos: int, sin: int, cos_row: int, sin_row: int, wide: bool) -> None: ...
+
 class Selection:
     def __init__(self, index: int, count: int, lists: int, width: int, unit: int) -> None: ...
 
@@ -74,6 +77,27 @@ def attend(
     counters: int,
     workspace: int,
 ) -> None: ...
+def decode_workspace_bytes(pages: Pages, heads: int, reduce: int) -> int: ...
+def decode(
+    launch: Launch,
+    pages: Pages,
+    q: Strided,
+    k: Strided,
+    v: Strided,
+    angles: Angles,
+    heads: int,
+    lengths: int,
+    keep: int,
+    radius_scale: float,
+    reduce: int,
+    scale: float,
+    out: int,
+    attended: int,
+    read: int,
+    lse: int,
+    counters: int,
+    workspace: int,
+) -> None: ...
 def check_lists(launch: Launch, pages: Pages, lengths: int, selection: Selection) -> None: ...
 def token_scores(
     launch: Launch,
@@ -87,4 +111,5 @@ def token_scores(
 ) -> None: ...
 def gather(launch: Launch, pages: Pages, length: int, k: int, v: int) -> None: ...
 def device_count() -> int: ...
+def capture_id(stream: int) -> int: ...
 def warm_up(device: int) -> None: ...

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quest_dist.backend import by_reference
+from quest_dist.backend import by_reference, compiled_cuda
 
 # What the compiled ops take, and their number for it; the reference takes any floating dtype.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -27,6 +27,21 @@ WORD = 16  # bytes that a GPU's kernels load at a time
 def strided(native: ModuleType, x: torch.Tensor) -> object:
     """A tensor [R, heads, tokens, D], contiguous in D, for the compiled ops."""
     return native.Strided(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def check_device(what: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise unless the ops can run on `device` in `dtype`, where `what` is, as the message says.
+
+    ValueError for a device or dtype without kernels; ImportError where a GPU's are not built.
+    """
+    if device.type not in LARGEST_HEAD:
+        places = " and ".join(LARGEST_HEAD)
+        raise ValueError(f"{what} is on {device}: there are kernels for {places}")
+    takes = tuple(DTYPES) if device.type == "cuda" else ON_CPU
+    if dtype not in takes and not by_reference():
+        raise ValueError(f"{what} is {dtype} on {device}: the kernels there take {_names(takes)}")
+    if device.type == "cuda":
+        compiled_cuda()
 
 
 class Arguments:
@@ -60,6 +75,19 @@ class Arguments:
         elif tensor.dtype != self._float[1]:
             raise self.refuse(name, tensor.dtype, f"{self._float[1]}, as {self._float[0]}")
         return tensor
+
+    def angles(self, cos: Any, sin: Any) -> None:
+        """cos and sin [R, D] of a rotation by halves: fp32, or of the call's floating dtype."""
+        for name, value in (("cos", cos), ("sin", sin)):
+            tensor = self._tensor(name, value, "R D", False)
+            own = (torch.float32, self._float[1] if self._float else torch.float32)
+            if tensor.dtype not in own or tensor.dtype != cos.dtype:
+                choices = _names(own if name == "cos" else (cos.dtype,))
+                raise self.refuse(name, tensor.dtype, choices)
+        if self["D"] % 2:
+            raise self.refuse(
+                "cos", f"for head dimension {self['D']}", "an even one: it has halves"
+            )
 
     def of_dtype(
         self, name: str, value: Any, letters: str, dtype: torch.dtype = torch.int32
@@ -137,6 +165,12 @@ class Arguments:
             raise self.refuse(name, repr(value), "one of " + ", ".join(choices))
         self.chosen[name] = value
         return choices.index(value)
+
+    def together(self, **values: Any) -> None:
+        """Arguments that are given together or not at all."""
+        missing = [name for name, value in values.items() if value is None]
+        if 0 < len(missing) < len(values):
+            raise self.refuse(missing[0], "missing", " and ".join(values) + " together")
 
     def multiple(self, larger: str, smaller: str, meaning: str) -> int:
         """How often one size holds another; it must do so exactly."""

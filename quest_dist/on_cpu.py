@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quest_dist.arguments import Arguments, strided
 from quest_dist.backend import compiled, threads
-from quest_dist.reference import Attended
+from quest_dist.reference import Attended, rotate
 
 
 def prefer_huge_pages(memory: Tensor) -> None:
@@ -126,6 +126,48 @@ def attend(
         threads(),
     )
     return result
+
+
+def decode(
+    a: Arguments,
+    q: Tensor,
+    kv: Tensor,
+    meta: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None,
+    radius_scale: float,
+    kind: int,
+    scale: float,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Attended:
+    """ops.decode; `kind` counts in ops.REDUCTIONS. Wrong values are refused before it writes."""
+    slots = a["P"] * a["S"]
+    _refuse(a, "lengths", lengths, (lengths < 1) | (lengths > slots), f"1..{slots}")
+    if keep is not None:
+        _refuse(a, "keep", keep, keep == 0, "at least the last page, or -1 for all")
+    a.sizes.update(n=1, Hs=a["G"] if kind else a["H"], M=a["P"])
+    if cos is not None and sin is not None:
+        q = rotate(q, cos, sin)
+        k = None if k is None else rotate(k, cos, sin)
+    if k is not None and v is not None:
+        append(a, kv, meta, page_table, k[:, :, None], v[:, :, None], lengths - 1)
+    q = q.contiguous()
+    index = count = None
+    if keep is not None:
+        scores = page_scores(a, q, kv, meta, page_table, lengths, radius_scale, kind, False)
+        pages = (lengths - 1) // a["S"] + 1
+        index, count = select_top(a, scores, pages, keep, True)
+        a.sizes["K"] = index.shape[2]
+    return attend(a, q, kv, page_table, lengths, index, count, 0, scale, False, None, 0)
+
+
+def _refuse(a: Arguments, name: str, values: Tensor, wrong: Tensor, expected: str) -> None:
+    for r in wrong.nonzero()[:, 0].tolist():
+        raise a.refuse(f"{name}[{r}]", int(values[r]), expected)
 
 
 def token_scores(

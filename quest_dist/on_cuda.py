@@ -18,7 +18,8 @@ from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
 from quest_dist.reference import Attended
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+#: (device, stream, whether it is for a graph) -> the capture and its counters.
+_counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
 def append(
@@ -146,6 +147,66 @@ def attend(
     return result
 
 
+def decode(
+    a: Arguments,
+    q: Tensor,
+    kv: Tensor,
+    meta: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None,
+    radius_scale: float,
+    kind: int,
+    scale: float,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Attended:
+    """ops.decode; `kind` counts in ops.REDUCTIONS."""
+    native, rows, heads, device = compiled_cuda(), a["R"], a["H"], kv.device
+    new = [None if x is None else _in_words(x) for x in (q, k, v, cos, sin)]
+    result = Attended(
+        out=torch.empty(rows, heads, a["D"], dtype=q.dtype, device=device),
+        attended=torch.empty(rows, heads, dtype=torch.int32, device=device),
+        read=torch.empty(rows, a["G"], dtype=torch.int32, device=device),
+        probabilities=None,
+        lse=torch.empty(rows, heads, device=device),
+    )
+    pages = a.pages(native, kv, page_table, meta)
+    size = native.decode_workspace_bytes(pages, heads, kind)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    token = [
+        native.Strided(0, 0, 0, 0) if x is None else strided(native, x[:, :, None]) for x in new[:3]
+    ]
+    angles = native.Angles(0, 0, 0, 0, False)
+    if new[3] is not None and new[4] is not None:
+        cos, sin = new[3], new[4]
+        wide = cos.dtype == torch.float32
+        angles = native.Angles(cos.data_ptr(), sin.data_ptr(), cos.stride(0), sin.stride(0), wide)
+    native.decode(
+        _launch(kv),
+        pages,
+        *token,
+        angles,
+        heads,
+        lengths.data_ptr(),
+        0 if keep is None else keep.data_ptr(),
+        radius_scale,
+        kind,
+        scale,
+        result.out.data_ptr(),
+        result.attended.data_ptr(),
+        result.read.data_ptr(),
+        result.lse.data_ptr(),
+        _zero_counters(device, rows * heads).data_ptr(),
+        workspace.data_ptr(),
+    )
+    named = {"page_table": page_table, "lengths": lengths}
+    check(a, None, **named if keep is None else {**named, "keep": keep})
+    return result
+
+
 def token_scores(
     a: Arguments, q: Tensor, kv: Tensor, page_table: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
@@ -195,14 +256,16 @@ def _in_words(x: Tensor) -> Tensor:
 
 
 def _zero_counters(device: torch.device, many: int) -> Tensor:
-    """Counters for `attend`, which leaves them zero; calls on one stream share them.
+    """Counters for `attend` and `decode`, which leave them zero; calls on one stream share them.
 
-    A graph gets its own, zeroed at each replay: it may run beside what this stream does by then.
+    Each capture of a graph gets its own, zeroed when a replay starts: it may run beside what this
+    stream does by then.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(many, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    kept = _counters.get(key)
-    if kept is None or kept.numel() < many:
-        kept = _counters[key] = torch.zeros(max(many, 4096), dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    capture = compiled_cuda().capture_id(stream)
+    place = (device, stream, capture != 0)
+    before, kept = _counters.get(place, (0, None))
+    if kept is None or kept.numel() < many or before != capture:
+        kept = torch.zeros(max(many, 4096), dtype=torch.int32, device=device)
+        _counters[place] = (capture, kept)
     return kept

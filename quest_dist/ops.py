@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quest_dist import on_cpu, on_cuda, reference
+from quest_dist import on_cpu, on_cuda, on_flashinfer, reference
 from quest_dist.arguments import Arguments
 from quest_dist.backend import (
     backend,
@@ -41,15 +41,18 @@ from quest_dist.reference import Attended
 
 __all__ = [
     "REDUCTIONS",
+    "THROUGH",
     "UNITS",
     "Attended",
     "Reduce",
+    "Through",
     "Unit",
     "allocate_pages",
     "append",
     "attend",
     "backend",
     "column_sums",
+    "decode",
     "gather",
     "isa",
     "isas",
@@ -64,8 +67,10 @@ __all__ = [
 
 Unit = Literal["pages", "tokens"]
 Reduce = Literal["per_query", "max", "mean"]
+Through = Literal["compiled", "flashinfer"]
 UNITS: tuple[Unit, ...] = ("pages", "tokens")
 REDUCTIONS: tuple[Reduce, ...] = ("per_query", "max", "mean")
+THROUGH: tuple[Through, ...] = ("compiled", "flashinfer")
 
 
 def allocate_pages(
@@ -172,21 +177,22 @@ def attend(
     probabilities: bool = False,
     rolled_query: Tensor | None = None,
     rolled: int = 0,
+    through: Through = "compiled",
 ) -> Attended:
     """Attention of one query a row, q [R, H, D], over the pages or tokens that its lists name.
 
     index int32 [R, Hs, K] and count int32 [R, Hs] as `select_top` gives them; Hs is 1, G or H; no
     index, or count -1, means every token. Lists may be in any order but must not name a thing twice
     or be empty. `scale` defaults to D ** -0.5. The first `rolled` tokens of each list of tokens are
-    scored with `rolled_query` [R, H, D] in place of q.
+    scored with `rolled_query` [R, H, D] in place of q. `through` flashinfer (see `on_flashinfer`)
+    attends to lists of pages on a GPU with that library's kernels, which round as they do.
     """
     a = Arguments("attend")
     a.take_pool(kv, page_table, lengths)
     q = a.floats("q", q, "R H D", contiguous=False).contiguous()
     a.multiple("H", "G", "query heads share kv heads evenly")
     kind = a.choice("unit", unit, UNITS)
-    if (index is None) != (count is None):
-        raise a.refuse("count" if count is None else "index", "missing", "index and count together")
+    a.together(index=index, count=count)
     if index is not None:
         a.of_dtype("index", index, "R Hs K")
         a.of_dtype("count", count, "R Hs")
@@ -203,12 +209,63 @@ def attend(
         if index is not None and unit != "tokens":
             raise a.refuse("unit", repr(unit), "'tokens' when a rolled_query is given")
     scale = a["D"] ** -0.5 if scale is None else scale
+    if a.choice("through", through, THROUGH):
+        return on_flashinfer.attend(
+            a, q, kv, page_table, lengths, index, count, scale, probabilities
+        )
     if by_reference():
         options = (unit, scale, probabilities, rolled_query, rolled)
         return reference.attend(q, kv, page_table, lengths, index, count, *options)
     run = on_cuda.attend if kv.is_cuda else on_cpu.attend
     choice = (index, count, kind, scale, probabilities, rolled_query, rolled)
     return run(a, q, kv, page_table, lengths, *choice)
+
+
+def decode(
+    q: Tensor,
+    kv: Tensor,
+    meta: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None = None,
+    *,
+    radius_scale: float = 1.0,
+    reduce: Reduce = "max",
+    scale: float | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Attended:
+    """One token of every row through one layer: the bits of the ops it stands for, in one call.
+
+    With cos, sin [R, D] (fp32 or as q), q [R, H, D] and k are rotated by halves, as
+    `reference.rotate` does. k, v [R, G, D] are appended at lengths[r] - 1: lengths count the token.
+    keep int32 [R]: that many pages are attended to, the last one and the best by `page_scores`; all
+    pages where keep < 0, or without it.
+    """
+    a = Arguments("decode")
+    a.take_pool(kv, page_table, lengths)
+    a.floats("meta", meta, "N G 2 D")
+    a.floats("q", q, "R H D", contiguous=False)
+    a.multiple("H", "G", "query heads share kv heads evenly")
+    kind = a.choice("reduce", reduce, REDUCTIONS)
+    if keep is not None:
+        a.of_dtype("keep", keep, "R")
+    a.together(k=k, v=v)
+    a.together(cos=cos, sin=sin)
+    for name, new in (("k", k), ("v", v)):
+        if new is not None:
+            a.floats(name, new, "R G D", contiguous=False)
+    if cos is not None:
+        a.angles(cos, sin)
+    scale = a["D"] ** -0.5 if scale is None else scale
+    token = (k, v, cos, sin)
+    if by_reference():
+        place = (q, kv, meta, page_table, lengths)
+        return reference.decode(*place, keep, radius_scale, reduce, scale, *token)
+    run = on_cuda.decode if kv.is_cuda else on_cpu.decode
+    return run(a, q, kv, meta, page_table, lengths, keep, radius_scale, kind, scale, *token)
 
 
 def token_scores(

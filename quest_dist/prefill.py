@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quest_dist import reference
+from quest_dist import reference_prefill as reference
 from quest_dist.arguments import Arguments, strided
 from quest_dist.backend import by_reference, compiled, threads
 

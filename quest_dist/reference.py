@@ -28,7 +28,8 @@ class Attended(NamedTuple):
     lse: Tensor  # [R, H]: log sum exp of the scaled scores
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of a dtype are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -91,7 +92,7 @@ def page_scores(
     """
     _check_lengths("page_scores", kv, page_table, lengths)
     rows, heads, _ = q.shape
-    kv_heads, page_size, exact = kv.shape[1], kv.shape[3], _accumulator(q.dtype)
+    kv_heads, page_size, exact = kv.shape[1], kv.shape[3], accumulator(q.dtype)
     scores = torch.full((rows, heads, page_table.shape[1]), -math.inf, dtype=exact)
     for r, length in enumerate(lengths.tolist()):
         last = (length - 1) // page_size
@@ -192,7 +193,7 @@ def attend(
     _check_lengths("attend", kv, page_table, lengths)
     rows, heads, dim = q.shape
     kv_heads, page_size = kv.shape[1], kv.shape[3]
-    group, exact = heads // kv_heads, _accumulator(q.dtype)
+    group, exact = heads // kv_heads, accumulator(q.dtype)
     scale = dim**-0.5 if scale is None else scale
     out = torch.empty_like(q)
     lse = torch.empty(rows, heads, dtype=exact)
@@ -240,7 +241,7 @@ def token_scores(
     """scale q . k_t of every token, [R, H, max L]; -inf beyond a row's length."""
     _check_lengths("token_scores", kv, page_table, lengths)
     rows, heads, dim = q.shape
-    exact = _accumulator(q.dtype)
+    exact = accumulator(q.dtype)
     scale = dim**-0.5 if scale is None else scale
     scores = torch.full((rows, heads, int(lengths.max())), -math.inf, dtype=exact)
     for r, length in enumerate(lengths.tolist()):
@@ -256,39 +257,42 @@ def gather(kv: Tensor, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]
     return dense[:, :, 0].contiguous(), dense[:, :, 1].contiguous()
 
 
-def prefill_attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention of the last n of L positions: q [R, H, n, D], k, v [R, G, L, D] ->
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding by halves: x [R, heads, D], cos, sin [R, D]; rounded once to the dtype of x.
 
-    [R, n, H, D]. Query i stands at position L - n + i and attends to the positions up to its own.
+    y = x cos + (-x2, x1) sin, where x1, x2 are the halves of x: two products and a sum.
     """
-    group = q.shape[1] // k.shape[1]
-    queries, length, exact = q.shape[2], k.shape[2], _accumulator(q.dtype)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    future = torch.ones(queries, length, dtype=torch.bool).triu(length - queries + 1)
-    out = torch.empty(q.shape[0], queries, q.shape[1], q.shape[3], dtype=q.dtype)
-    for h in range(q.shape[1]):
-        score = (q[:, h].to(exact) @ k[:, h // group].to(exact).mT) * scale
-        p = score.masked_fill(future, -math.inf).softmax(-1)
-        out[:, :, h] = (p @ v[:, h // group].to(exact)).to(q.dtype)
-    return out
+    wide = x.to(accumulator(x.dtype))
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (wide * cos[:, None] + turned * sin[:, None]).to(x.dtype)
 
 
-def column_sums(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    """Attention mass of each key under the causal softmax of the last n queries: [R, H, L].
-
-    c_t = sum_i p_it with p as in `prefill_attend`; computed for blocks of queries, head by head.
-    """
-    group = q.shape[1] // k.shape[1]
-    queries, length, exact = q.shape[2], k.shape[2], _accumulator(q.dtype)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    sums = torch.zeros(q.shape[0], q.shape[1], length, dtype=exact, device=q.device)
-    positions = torch.arange(length, device=q.device)
-    for first in range(0, queries, 128):
-        last = min(first + 128, queries)
-        seen = length - queries + last  # no query of the block looks further
-        own = positions[length - queries + first : seen]
-        future = positions[None, :seen] > own[:, None]
-        for h in range(q.shape[1]):
-            score = (q[:, h, first:last].to(exact) @ k[:, h // group, :seen].to(exact).mT) * scale
-            sums[:, h, :seen] += score.masked_fill_(future, -math.inf).softmax(-1).sum(dim=1)
-    return sums
+def decode(
+    q: Tensor,
+    kv: Tensor,
+    meta: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None = None,
+    radius_scale: float = 1.0,
+    reduce: str = "max",
+    scale: float | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Attended:
+    """One token of every row, at lengths[r] - 1; no keep, or keep[r] < 0, attends to all pages."""
+    _check_lengths("decode", kv, page_table, lengths)
+    if cos is not None and sin is not None:
+        q = rotate(q, cos, sin)
+        k = None if k is None else rotate(k, cos, sin)
+    if k is not None and v is not None:
+        append(kv, meta, page_table, k[:, :, None], v[:, :, None], lengths - 1)
+    index = count = None
+    if keep is not None:
+        scores = page_scores(q, kv, meta, page_table, lengths, radius_scale, reduce)
+        pages = (lengths - 1) // kv.shape[3] + 1
+        index, count = select_top(scores, pages, keep, force_last=True)
+    return attend(q, kv, page_table, lengths, index, count, "pages", scale)

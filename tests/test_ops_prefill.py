@@ -7,7 +7,8 @@ import torch
 from pools import close
 from torch import Tensor
 
-from quest_dist import ops, reference
+from quest_dist import ops
+from quest_dist import reference_prefill as reference
 
 
 def prompt(

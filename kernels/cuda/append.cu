@@ -1,4 +1,5 @@
 // append and gather: one block a (row, kv head, page of the row).
+#include "close_page.cuh"
 #include "launch.h"
 #include "rows.cuh"
 
@@ -50,35 +51,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
     piece.load_constant(source + d);
     piece.store(keys + slot * p.dim + d);
   }
-  if (to != page_end) return;
-
-  // The page closes. From all its keys, so that how they arrived cannot matter; the barrier makes
-  // those just written visible to the block.
-  __syncthreads();
-  T* meta = static_cast<T*>(p.meta) + (static_cast<int64_t>(id) * p.kv_heads + h) * 2 * p.dim;
-  for (int piece = threadIdx.x; piece < pieces; piece += kThreads) {
-    const int d = piece * 8;
-    Eight<T> key;
-    float high[8], low[8];
-    key.load(keys + d);
-    key.unpack(high);
-    key.unpack(low);
-#pragma unroll 4
-    for (int64_t slot = 1; slot < p.page_size; ++slot) {
-      float x[8];
-      key.load(keys + slot * p.dim + d);
-      key.unpack(x);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        high[e] = fmaxf(high[e], x[e]);
-        low[e] = fminf(low[e], x[e]);
-      }
-    }
-    key.pack(high);
-    key.store(meta + d);
-    key.pack(low);
-    key.store(meta + p.dim + d);
-  }
+  if (to == page_end) close_page<T>(p, id, h);
 }
 
 struct GatherArgs {

@@ -1,15 +1,13 @@
 // attend: a block takes one part of one list for up to kQueries query heads; each team of lanes
 // walks over its tokens with a running maximum, and the parts are merged by the last block.
+#include "attend.cuh"
 #include "launch.h"
 #include "list.cuh"
 #include "lists.h"
-#include "merge.cuh"
 
 namespace quest {
 namespace cuda {
 namespace {
-
-constexpr int kWindow = 256;  // tokens that are looked up at a time
 
 struct AttendArgs {
   Pages p;
@@ -26,81 +24,6 @@ struct AttendArgs {
   Waiting waiting;
   int64_t* fault;
 };
-
-// Adds tokens [first, last) of the list, whose rows stand in `rows`, to what has been seen.
-template <typename T, int kLanes>
-__device__ __forceinline__ void attend_window(const AttendArgs& a,
-                                              const float (&query)[kQueries][8],
-                                              const int64_t* rows, int first, int last,
-                                              const int64_t& slot, int some, Partial& part) {
-  constexpr int kTeams = kThreads / kLanes, kMany = sizeof(T) == 2 ? 4 : 2;
-  const int lane = threadIdx.x % kLanes, team = threadIdx.x / kLanes;
-  const bool own = lane * 8 < a.p.dim;
-  const int64_t to_value = a.p.page_size * a.p.dim;
-  const T* base = static_cast<const T*>(a.p.kv) + lane * 8;
-#pragma unroll 1
-  for (int step = first; step < last; step += kTeams * kMany) {
-    Eight<T> key[kMany], value[kMany];
-    bool known[kMany];
-#pragma unroll
-    for (int u = 0; u < kMany; ++u) {
-      const int t = step + u * kTeams + team;
-      const int64_t row = t < last ? rows[t - first] : -1;
-      known[u] = row >= 0;
-      key[u].clear();
-      value[u].clear();
-      if (known[u] && own) {
-        key[u].load_constant(base + row * a.p.dim);
-        value[u].load_constant(base + row * a.p.dim + to_value);
-      }
-    }
-    float score[kMany][kQueries];
-#pragma unroll
-    for (int u = 0; u < kMany; ++u) {
-      float x[8];
-      key[u].unpack(x);
-      const int t = step + u * kTeams + team;
-#pragma unroll
-      for (int i = 0; i < kQueries; ++i) {
-        if (i >= some) break;
-        const float sum = team_sum<kLanes>(dot(query[i], x, 0.0f));
-        score[u][i] = known[u] ? sum * a.scale : never();
-        if (a.result.probabilities != nullptr && lane == 0 && t < last &&
-            t < a.result.probability_width) {
-          a.result.probabilities[(slot + i) * a.result.probability_width + t] = score[u][i];
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kQueries; ++i) {
-      if (i >= some) break;
-      float top = part.top[i];
-#pragma unroll
-      for (int u = 0; u < kMany; ++u) top = fmaxf(top, score[u][i]);
-      const float offset = offset_of(top), rescale = exp2f(part.top[i] - offset);
-      part.top[i] = top;
-      part.total[i] *= rescale;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) part.sum[i][e] *= rescale;
-#pragma unroll
-      for (int u = 0; u < kMany; ++u) {
-        score[u][i] = exp2f(score[u][i] - offset);
-        part.total[i] += score[u][i];
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kMany; ++u) {
-      float x[8];
-      value[u].unpack(x);
-#pragma unroll
-      for (int i = 0; i < kQueries; ++i) {
-        if (i >= some) break;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) part.sum[i][e] = fmaf(score[u][i], x[e], part.sum[i][e]);
-      }
-    }
-  }
-}
 
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 3) attend_kernel(const __grid_constant__ AttendArgs a) {
@@ -134,14 +57,10 @@ __global__ void __launch_bounds__(kThreads, 3) attend_kernel(const __grid_consta
     if (a.units == p.kv_heads) a.result.read[r * p.kv_heads + kv_head] = n;
   }
 
-  Partial part;
-#pragma unroll
-  for (int i = 0; i < kQueries; ++i) {
-    part.top[i] = never();
-    part.total[i] = 0.0f;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) part.sum[i][e] = 0.0f;
-  }
+  float* scores = a.result.probabilities;
+  const int64_t width = a.result.probability_width;
+  const ScoresOut scored{scores == nullptr ? nullptr : scores + slot * width, width};
+  Partial part = nothing_seen();
   const int begin = split * chunk, end = n - begin < chunk ? n : begin + chunk;
   const int turned = list.index == nullptr ? 0 : static_cast<int>(a.rolled < n ? a.rolled : n);
 #pragma unroll 1
@@ -163,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 3) attend_kernel(const __grid_consta
         rows[t - first] = locate(p, list, t, a.fault);
       }
       __syncthreads();
-      attend_window<T, kLanes>(a, query, rows, first, last, slot, some, part);
+      attend_window<T, kLanes>(p, a.scale, query, rows, first, last, some, scored, part);
     }
   }
 
@@ -183,10 +102,6 @@ __global__ void __launch_bounds__(kThreads) probabilities_kernel(Attended result
   *score = listed ? exp2f(*score - result.lse[slot] * kLog2E) : 0.0f;
 }
 
-int64_t waiting_heads(int64_t rows, int64_t heads) {
-  return rows * heads * kSplits * static_cast<int64_t>(sizeof(float2));
-}
-
 }  // namespace
 
 int64_t attend_workspace_bytes(int64_t rows, int64_t heads, int64_t dim) {
@@ -202,9 +117,6 @@ void attend(const Launch& launch, const Pages& p, const void* q, const void* rol
   const bool alone = selection.index != nullptr && selection.lists == heads && group > 1;
   const int64_t units = alone ? heads : p.kv_heads, queries = alone ? 1 : group;
   const int64_t tiles = (queries + kQueries - 1) / kQueries;
-  char* space = static_cast<char*>(workspace);
-  const Waiting waiting{reinterpret_cast<float2*>(space),
-                        reinterpret_cast<float*>(space + waiting_heads(p.rows, heads))};
   const AttendArgs args{p,
                         q,
                         rolled_query,
@@ -219,7 +131,7 @@ void attend(const Launch& launch, const Pages& p, const void* q, const void* rol
                         scale * kLog2E,
                         result,
                         counters,
-                        waiting,
+                        waiting_in(workspace, p.rows, heads),
                         launch.fault};
   by_row(p.dtype, p.dim, [&](auto element, auto lanes) {
     using T = decltype(element);
@@ -238,13 +150,9 @@ void attend(const Launch& launch, const Pages& p, const void* q, const void* rol
 
 void load_attend() {
   load(probabilities_kernel);
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    for (const int64_t dim : {64, 128, 256}) {
-      by_row(dtype, dim, [](auto element, auto lanes) {
-        load(attend_kernel<decltype(element), decltype(lanes)::value>);
-      });
-    }
-  }
+  for_every_row([](auto element, auto lanes) {
+    load(attend_kernel<decltype(element), decltype(lanes)::value>);
+  });
 }
 
 }  // namespace cuda

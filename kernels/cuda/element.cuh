@@ -53,9 +53,30 @@ struct Eight {
     for (int i = 0; i < kWords; ++i) word[i] = reinterpret_cast<const uint4*>(from)[i];
   }
 
+  // The first four from one place, the last four from another, each aligned to its size.
+  __device__ __forceinline__ void load_fours(const T* first, const T* last) {
+    if constexpr (sizeof(T) == 4) {
+      word[0] = *reinterpret_cast<const uint4*>(first);
+      word[kWords - 1] = *reinterpret_cast<const uint4*>(last);
+    } else {
+      const uint2 low = *reinterpret_cast<const uint2*>(first);
+      const uint2 high = *reinterpret_cast<const uint2*>(last);
+      word[0] = make_uint4(low.x, low.y, high.x, high.y);
+    }
+  }
+
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to)[i] = word[i];
+  }
+
+  // What is unpacked after this in a loop is unpacked in each turn: kept over the turns, it would
+  // take twice the registers.
+  __device__ __forceinline__ void stay_packed() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      asm volatile("" : "+r"(word[i].x), "+r"(word[i].y), "+r"(word[i].z), "+r"(word[i].w));
+    }
   }
 
   __device__ __forceinline__ void unpack(float (&x)[8]) const { unpack_as(x, T{}); }

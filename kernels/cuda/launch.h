@@ -7,8 +7,8 @@
 #include <string>
 #include <type_traits>
 
-#include "element.cuh"
 #include "ops.h"
+#include "rows.cuh"
 
 namespace quest {
 namespace cuda {
@@ -52,6 +52,30 @@ void start(const Launch& launch, const char* op, int64_t blocks, Start&& begin) 
   expect(cudaGetLastError(), op);
 }
 
+// Whether kernels may be chained (chain.cuh) on a device: it can, and their code there waits. The
+// code depends on QUEST_CUDA_ARCHS alone, so any kernel tells.
+bool can_chain(int device, const void* kernel);
+
+// Starts a kernel that takes one argument, before the kernel ahead of it in the stream has ended if
+// it is `chained` and may be.
+template <typename Args>
+void start_chained(const Launch& launch, const char* op, int64_t blocks, void (*kernel)(Args),
+                   const Args& args, bool chained) {
+  start(launch, op, blocks, [&](unsigned grid, cudaStream_t stream) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(kThreads);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs =
+        chained && can_chain(launch.device, reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+    expect(cudaLaunchKernelEx(&config, kernel, args), op);
+  });
+}
+
 template <typename Call>
 void by_dtype(DType dtype, Call&& call) {
   switch (dtype) {
@@ -86,6 +110,14 @@ inline void check_shape(const Pages& p, const char* op) {
   }
 }
 
+// Every instance: call(T, lanes).
+template <typename Call>
+void for_every_row(Call&& call) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t dim : {64, 128, 256}) by_row(dtype, dim, call);
+  }
+}
+
 // Has the driver load a kernel's code.
 template <typename Kernel>
 void load(Kernel* kernel) {
@@ -98,6 +130,8 @@ void load_append();
 void load_scores();
 void load_select();
 void load_attend();
+void load_decode_scores();
+void load_decode_attend();
 void load_lists();
 
 }  // namespace cuda

@@ -86,8 +86,7 @@ __device__ __forceinline__ int64_t locate(const Pages& p, const List& list, int 
     page = token / size;
     slot = token - page * size;
   }
-  const int id = physical(p, list.row, page, fault);
-  return id < 0 ? -1 : key_row(p, id, list.kv_head) + slot;
+  return row_of(p, list.row, list.kv_head, page, slot, fault);
 }
 
 }  // namespace cuda

@@ -42,6 +42,16 @@ struct Waiting {
   float* sums;    // [.., D]
 };
 
+inline int64_t waiting_heads(int64_t rows, int64_t heads) {
+  return rows * heads * kSplits * static_cast<int64_t>(sizeof(float2));
+}
+
+inline Waiting waiting_in(void* workspace, int64_t rows, int64_t heads) {
+  char* space = static_cast<char*>(workspace);
+  return {reinterpret_cast<float2*>(space),
+          reinterpret_cast<float*>(space + waiting_heads(rows, heads))};
+}
+
 struct Final {
   void* out;
   float* lse;

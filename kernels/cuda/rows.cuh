@@ -50,14 +50,22 @@ __device__ __forceinline__ int64_t key_row(const Pages& p, int64_t page, int64_t
   return (page * p.kv_heads + kv_head) * 2 * p.page_size;
 }
 
+// The row of kv that holds the key of a slot of a row's logical page; -1 where there is no page.
+__device__ __forceinline__ int64_t row_of(const Pages& p, int64_t row, int64_t kv_head, int page,
+                                          int slot, int64_t* fault) {
+  const int id = physical(p, row, page, fault);
+  return id < 0 ? -1 : key_row(p, id, kv_head) + slot;
+}
+
 // What a block does where a grid is rows * `heads` * tiles. Heads outermost: rows that share their
 // prefix then read the same pages at the same time.
 struct Place {
   unsigned tile, row, head;
 };
-__device__ __forceinline__ Place place_of(const Pages& p, unsigned tiles) {
-  const unsigned rows = static_cast<unsigned>(p.rows), task = blockIdx.x / tiles;
-  return {blockIdx.x % tiles, task % rows, task / rows};
+__device__ __forceinline__ Place place_of(const Pages& p, unsigned tiles,
+                                          unsigned block = blockIdx.x) {
+  const unsigned rows = static_cast<unsigned>(p.rows), task = block / tiles;
+  return {block % tiles, task % rows, task / rows};
 }
 
 template <int kLanes>

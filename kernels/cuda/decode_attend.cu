@@ -1,0 +1,226 @@
+// The second kernel of decode: each block of a list chooses its pages again, by the scores that the
+// first kernel left, and attends to its part of them.
+//
+// That is an exact top-k in every block instead of a kernel of its own. Parts, sums and their merge
+// are those of attend, so the bits are those of attend over the list of select_top.
+#include "attend.cuh"
+#include "chain.cuh"
+#include "decode.cuh"
+#include "decode.h"
+#include "launch.h"
+#include "rotate.cuh"
+#include "select.cuh"
+
+namespace quest {
+namespace cuda {
+namespace {
+
+constexpr int kBits = 8;      // of a key at a time: few enough bins for so few threads
+constexpr int kHeld = 8192;   // keys that are held in shared memory; more are read again
+constexpr int kNamed = 8192;  // pages of which is known whether a list of a group names them
+constexpr int kItems = 512;   // pages of a part that are held; more are looked for again
+static_assert(kItems > kWindow, "a window of tokens is of so many pages at most");
+
+struct AttendArgs {
+  Pages p;
+  Token token;
+  int64_t heads, group;
+  // A unit is what shares a list and a kv head, as in attend: `queries` query heads, in `tiles`.
+  int64_t units, queries;
+  unsigned tiles;
+  unsigned counting;  // blocks ahead of the others, which count what a group's lists name together
+  float scale;        // times log2(e)
+  const float* scores;
+  Attended result;
+  int32_t* counters;
+  Waiting waiting;
+  int64_t* fault;
+};
+
+template <typename T, int kLanes>
+struct Shared {
+  Queries<T, kLanes> queries;
+  union {
+    unsigned keys[kHeld];
+    MergeShared merge;  // when no key is needed any more
+  };
+  Selecting<kThreads, kBits> selecting;
+  int items[kItems];  // winners first_held, first_held + 1, ... of the list, ascending
+  unsigned named[kNamed / 32];
+  int64_t rows[kWindow];
+};
+
+// The keys of a list's scores: those below kHeld from shared memory.
+struct Keys {
+  const unsigned* held;
+  const float* scores;
+  __device__ __forceinline__ unsigned operator()(int i) const {
+    return i < kHeld ? held[i] : ordered(__ldcg(scores + i));
+  }
+};
+
+// Fills the held keys of a list and finds the threshold of what wins. All threads of the block take
+// part; none may still need other keys.
+template <typename Shared>
+__device__ __forceinline__ Threshold choose(const AttendArgs& a, int64_t list, const Rule& rule,
+                                            Shared& s, Keys& keys) {
+  keys = {s.keys, a.scores + list * a.p.row_pages};
+  const int held = rule.last < kHeld ? rule.last : kHeld;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < held; i += kThreads) {
+    s.keys[i] = ordered(__ldcg(keys.scores + i));
+  }
+  __syncthreads();
+  return threshold(keys, rule.last, rule.wanted, s.selecting);
+}
+
+// read of a (row, kv head) whose query heads choose alone: the union of their lists.
+template <typename Shared>
+__device__ __forceinline__ void count_read(const AttendArgs& a, Shared& s) {
+  const Place place = place_of(a.p, 1);
+  const int64_t at = place.row * a.p.kv_heads + place.head;
+  const int length = length_of(a.p, a.token.lengths, place.row, a.fault);
+  const Rule rule = rule_of(a.p, length, a.token.keep, place.row, a.fault);
+  wait_for_earlier();
+  let_next_start();
+  int many = 0;  // closed pages that this thread counted
+  for (int first = 0; first < rule.last && rule.wanted > 0; first += kNamed) {
+    for (int w = threadIdx.x; w < kNamed / 32; w += kThreads) s.named[w] = 0;
+    for (int64_t g = 0; g < a.group; ++g) {
+      __syncthreads();  // the keys of the head before it are not needed any more
+      Keys keys;
+      const Threshold best = choose(a, at * a.group + g, rule, s, keys);
+      ascending(keys, rule.last, best, s.selecting, [&](int, int page) {
+        if (page < first || page - first >= kNamed) return;
+        atomicOr(&s.named[(page - first) / 32], 1u << (page - first) % 32);
+      });
+    }
+    __syncthreads();
+    for (int w = threadIdx.x; w < kNamed / 32; w += kThreads) many += __popc(s.named[w]);
+    if (rule.last - first <= kNamed) break;  // first += kNamed could overflow
+    __syncthreads();
+  }
+  const int before = sum_before(many, s.selecting);
+  if (threadIdx.x != kThreads - 1) return;
+  const int size = static_cast<int>(a.p.page_size);
+  a.result.read[at] = rule.tokens + (before + many - rule.wanted) * size;
+}
+
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads, 3)
+    decode_attend_kernel(const __grid_constant__ AttendArgs a) {
+  __shared__ __align__(16) Shared<T, kLanes> s;
+  const Pages& p = a.p;
+  if (blockIdx.x < a.counting) {
+    count_read(a, s);
+    return;
+  }
+  const unsigned block = blockIdx.x - a.counting;
+  const int split = block % kSplits, lane = threadIdx.x % kLanes;
+  const Place place = place_of(p, a.tiles * kSplits, block);
+  const int64_t r = place.row, unit = place.head, tile = place.tile / kSplits;
+  const bool alone = a.counting > 0;
+  const int64_t h = alone ? place.head / static_cast<unsigned>(a.group) : place.head;
+  const int64_t left = a.queries - tile * kQueries;
+  const int some = static_cast<int>(left < kQueries ? left : kQueries);
+  const int64_t in_row = unit * a.queries + tile * kQueries, slot = r * a.heads + in_row;
+
+  // Lengths, keep, q and the angles are older than the first kernel, which has waited for all
+  // before it when this one starts: they may be read now.
+  const int length = length_of(p, a.token.lengths, r, a.fault);
+  const Rule rule = rule_of(p, length, a.token.keep, r, a.fault);
+  const int n = rule.tokens, chunk = n > 0 ? chunk_of(n) : 1;
+  const int splits = n > 0 ? (n - 1) / chunk + 1 : 1;
+  if (split >= splits) return;  // split 0 waits, so the grid does not end before the first kernel
+  s.queries.fill(a.token.q, a.token.angles, r, in_row, some, p.dim);
+
+  // Scores and the new token's key and value come from the first kernel; results, the workspace and
+  // the counters may be in use by what came before it, or by the decode before this one.
+  wait_for_earlier();
+  let_next_start();
+  if (split == 0 && threadIdx.x < some) {
+    a.result.attended[slot + threadIdx.x] = n;
+    if (!alone) a.result.read[r * p.kv_heads + h] = n;
+  }
+
+  Keys keys{};
+  Threshold best{};
+  if (rule.wanted > 0) best = choose(a, r * a.units + unit, rule, s, keys);
+
+  float query[kQueries][8];
+#pragma unroll
+  for (int i = 0; i < kQueries; ++i) {
+    if (i >= some) break;
+    s.queries.part[i][lane].unpack(query[i]);
+  }
+  Partial part = nothing_seen();
+  const int size = static_cast<int>(p.page_size);
+  const int begin = split * chunk, end = n - begin < chunk ? n : begin + chunk;
+  int first_held = -kItems;
+#pragma unroll 1
+  for (int first = begin; first < end; first += kWindow) {
+    const int last = end - first < kWindow ? end : first + kWindow;
+    __syncthreads();  // the rows and items of the last window are not needed any more
+    if (rule.wanted > 0 && (last - 1) / size - first_held >= kItems) {
+      first_held = first / size;
+      ascending(keys, rule.last, best, s.selecting, [&](int position, int page) {
+        const int at = position - first_held;
+        if (at >= 0 && at < kItems) s.items[at] = page;
+      });
+      __syncthreads();
+    }
+    for (int t = first + threadIdx.x; t < last; t += kThreads) {
+      const int item = t / size;
+      int page = item;
+      if (rule.kept > 0) page = item < rule.wanted ? s.items[item - first_held] : rule.last;
+      s.rows[t - first] = row_of(p, r, h, page, t - item * size, a.fault);
+    }
+    __syncthreads();
+    attend_window<T, kLanes>(p, a.scale, query, s.rows, first, last, some, {}, part);
+  }
+
+  __syncthreads();  // the keys make room
+  const Final final{a.result.out, a.result.lse, slot, p.dim, some};
+  merge_block<T, kLanes>(part, s.merge, final, a.waiting, split, splits);
+  if (splits == 1) return;
+  merge_splits<T>(s.merge, final, a.waiting, a.counters + block / kSplits, splits);
+}
+
+}  // namespace
+
+void start_decode_attend(const Launch& launch, const Pages& p, const Token& token, int64_t heads,
+                         const float* scores, const Attended& result, int32_t* counters,
+                         void* workspace, bool chained) {
+  const int64_t group = heads / p.kv_heads;
+  const bool alone = token.keep != nullptr && token.reduce == Reduce::kPerQuery && group > 1;
+  const int64_t units = alone ? heads : p.kv_heads, queries = alone ? 1 : group;
+  const int64_t tiles = (queries + kQueries - 1) / kQueries;
+  const int64_t counting = alone ? p.rows * p.kv_heads : 0;
+  const AttendArgs args{p,
+                        token,
+                        heads,
+                        group,
+                        units,
+                        queries,
+                        static_cast<unsigned>(tiles),
+                        static_cast<unsigned>(counting),
+                        token.scale * kLog2E,
+                        scores,
+                        result,
+                        counters,
+                        waiting_in(workspace, p.rows, heads),
+                        launch.fault};
+  by_row(p.dtype, p.dim, [&](auto element, auto lanes) {
+    start_chained(launch, "decode", counting + p.rows * units * tiles * kSplits,
+                  decode_attend_kernel<decltype(element), decltype(lanes)::value>, args, chained);
+  });
+}
+
+void load_decode_attend() {
+  for_every_row([](auto element, auto lanes) {
+    load(decode_attend_kernel<decltype(element), decltype(lanes)::value>);
+  });
+}
+
+}  // namespace cuda
+}  // namespace quest
