@@ -74,6 +74,28 @@ void attend(const quest::Pages& pages, Address q, Address rolled_query, int64_t 
                      at<const int32_t>(lengths), selection, scale, result, threads);
 }
 
+quest::Angles make_angles(Address cos, Address sin, int64_t cos_row, int64_t sin_row, bool wide) {
+  return {at<const void>(cos), at<const void>(sin), cos_row, sin_row, wide};
+}
+
+void decode(const quest::Pages& pages, const quest::Strided& q, const quest::Strided& k,
+            const quest::Strided& v, const quest::Angles& angles, int64_t heads, Address lengths,
+            Address keep, float radius_scale, int reduce, float scale, Address out,
+            Address attended, Address read, Address lse, int threads) {
+  const quest::Token token{q,
+                           k,
+                           v,
+                           angles,
+                           at<const int32_t>(lengths),
+                           at<const int32_t>(keep),
+                           radius_scale,
+                           static_cast<quest::Reduce>(reduce),
+                           scale};
+  const quest::Attended result{
+      at<void>(out), at<int32_t>(attended), at<int32_t>(read), at<float>(lse), nullptr, 0};
+  quest::cpu::decode(pages, token, heads, result, threads);
+}
+
 void token_scores(const quest::Pages& pages, Address q, int64_t heads, Address lengths, float scale,
                   Address out, int64_t width, int threads) {
   quest::cpu::token_scores(pages, at<const void>(q), heads, at<const int32_t>(lengths), scale,
@@ -98,16 +120,17 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<quest::Pages>(m, "Pages").def(py::init(&make_pages));
   py::class_<quest::Strided>(m, "Strided").def(py::init(&make_strided));
   py::class_<quest::Selection>(m, "Selection").def(py::init(&make_selection));
+  py::class_<quest::Angles>(m, "Angles").def(py::init(&make_angles));
   m.def("append", &append, no_gil);
   m.def("page_scores", &page_scores, no_gil);
   m.def("select_top", &select_top, no_gil);
   m.def("listed_tokens", &listed_tokens, no_gil);
   m.def("attend", &attend, no_gil);
+  m.def("decode", &decode, no_gil);
   m.def("token_scores", &token_scores, no_gil);
   m.def("gather", &gather, no_gil);
-  m.def("prefer_huge_pages", [](Address data, int64_t bytes) {
-    quest::cpu::prefer_huge_pages(at<void>(data), bytes);
-  });
+  m.def("prefer_huge_pages",
+        [](Address data, int64_t bytes) { quest::cpu::prefer_huge_pages(at<void>(data), bytes); });
   m.def("prefill_attend", &prefill_attend, no_gil);
   m.def("prefill_workspace", &quest::cpu::prefill_workspace);
   m.def("has_prefill", &quest::cpu::has_prefill);

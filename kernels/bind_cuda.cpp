@@ -13,9 +13,9 @@ using Address = uintptr_t;
 using quest::Pages;
 using quest::Selection;
 using quest::Strided;
-using quest::cuda::Angles;
+using quest::Angles;
 using quest::cuda::Launch;
-using quest::cuda::Token;
+using quest::Token;
 
 template <typename T>
 T* at(Address address) {

@@ -46,6 +46,24 @@ struct Attended {
   int64_t probability_width;
 };
 
+// Rotary embedding by halves; cos == nullptr: q and k are rotated already.
+struct Angles {
+  const void *cos, *sin;  // [R, D], contiguous in D
+  int64_t cos_row, sin_row;
+  bool wide;  // fp32, else the dtype of the pool
+};
+
+// One new token of every row, at lengths - 1, and what it attends to.
+struct Token {
+  Strided q, k, v;  // [R, H or G, 1, D]; k.data == nullptr: they are in the pool already
+  Angles angles;
+  const int32_t* lengths;
+  const int32_t* keep;  // pages a row attends to, < 0: all; nullptr: all of every row
+  float radius_scale;
+  Reduce reduce;
+  float scale;
+};
+
 namespace cpu {
 
 void append(const Pages& pages, const Strided& k, const Strided& v, const int32_t* starts,
@@ -66,6 +84,11 @@ int64_t listed_tokens(const Pages& pages, const int32_t* lengths, const Selectio
 void attend(const Pages& pages, const void* q, const void* rolled_query, int64_t rolled,
             int64_t heads, const int32_t* lengths, const Selection& selection, float scale,
             const Attended& result, int threads);
+
+// The bits of rotating, append, page_scores, select_top with force_last and attend. Lengths, keep
+// and the page table are checked before anything is written.
+void decode(const Pages& pages, const Token& token, int64_t heads, const Attended& result,
+            int threads);
 
 // out [R, H, width], -infinity beyond a row's length.
 void token_scores(const Pages& pages, const void* q, int64_t heads, const int32_t* lengths,

@@ -213,3 +213,21 @@ class Arguments:
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(one) for one in dtypes)
+
+
+def one_token(
+    native: Any,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+) -> tuple[Any, Any, Any, Any]:
+    """The new token of `decode`: q, k and v [R, heads, D] as native Strided, the rest as Angles."""
+    none = native.Strided(0, 0, 0, 0)
+    places = (none if x is None else strided(native, x[:, :, None]) for x in (q, k, v))
+    if cos is None or sin is None:
+        return *places, native.Angles(0, 0, 0, 0, False)
+    wide = cos.dtype == torch.float32
+    turn = (cos.data_ptr(), sin.data_ptr(), cos.stride(0), sin.stride(0))
+    return *places, native.Angles(*turn, wide)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quest_dist.arguments import Arguments, strided
+from quest_dist.arguments import Arguments, one_token, strided
 from quest_dist.backend import compiled, threads
-from quest_dist.reference import Attended, rotate
+from quest_dist.reference import Attended
 
 
 def prefer_huge_pages(memory: Tensor) -> None:
@@ -144,30 +144,31 @@ def decode(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> Attended:
-    """ops.decode; `kind` counts in ops.REDUCTIONS. Wrong values are refused before it writes."""
-    slots = a["P"] * a["S"]
-    _refuse(a, "lengths", lengths, (lengths < 1) | (lengths > slots), f"1..{slots}")
-    if keep is not None:
-        _refuse(a, "keep", keep, keep == 0, "at least the last page, or -1 for all")
-    a.sizes.update(n=1, Hs=a["G"] if kind else a["H"], M=a["P"])
-    if cos is not None and sin is not None:
-        q = rotate(q, cos, sin)
-        k = None if k is None else rotate(k, cos, sin)
-    if k is not None and v is not None:
-        append(a, kv, meta, page_table, k[:, :, None], v[:, :, None], lengths - 1)
-    q = q.contiguous()
-    index = count = None
-    if keep is not None:
-        scores = page_scores(a, q, kv, meta, page_table, lengths, radius_scale, kind, False)
-        pages = (lengths - 1) // a["S"] + 1
-        index, count = select_top(a, scores, pages, keep, True)
-        a.sizes["K"] = index.shape[2]
-    return attend(a, q, kv, page_table, lengths, index, count, 0, scale, False, None, 0)
-
-
-def _refuse(a: Arguments, name: str, values: Tensor, wrong: Tensor, expected: str) -> None:
-    for r in wrong.nonzero()[:, 0].tolist():
-        raise a.refuse(f"{name}[{r}]", int(values[r]), expected)
+    """ops.decode; `kind` counts in ops.REDUCTIONS."""
+    native, rows, heads = compiled(), a["R"], a["H"]
+    result = Attended(
+        out=torch.empty(rows, heads, a["D"], dtype=q.dtype),
+        attended=torch.empty(rows, heads, dtype=torch.int32),
+        read=torch.empty(rows, a["G"], dtype=torch.int32),
+        probabilities=None,
+        lse=torch.empty(rows, heads),
+    )
+    native.decode(
+        a.pages(native, kv, page_table, meta),
+        *one_token(native, q, k, v, cos, sin),
+        heads,
+        lengths.data_ptr(),
+        0 if keep is None else keep.data_ptr(),
+        radius_scale,
+        kind,
+        scale,
+        result.out.data_ptr(),
+        result.attended.data_ptr(),
+        result.read.data_ptr(),
+        result.lse.data_ptr(),
+        threads(),
+    )
+    return result
 
 
 def token_scores(

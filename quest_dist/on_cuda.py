@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quest_dist.arguments import WORD, Arguments, strided
+from quest_dist.arguments import WORD, Arguments, one_token, strided
 from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
 from quest_dist.reference import Attended
@@ -165,7 +165,8 @@ def decode(
 ) -> Attended:
     """ops.decode; `kind` counts in ops.REDUCTIONS."""
     native, rows, heads, device = compiled_cuda(), a["R"], a["H"], kv.device
-    new = [None if x is None else _in_words(x) for x in (q, k, v, cos, sin)]
+    token = [None if x is None else _in_words(x) for x in (k, v, cos, sin)]
+    q = _in_words(q)
     result = Attended(
         out=torch.empty(rows, heads, a["D"], dtype=q.dtype, device=device),
         attended=torch.empty(rows, heads, dtype=torch.int32, device=device),
@@ -176,19 +177,10 @@ def decode(
     pages = a.pages(native, kv, page_table, meta)
     size = native.decode_workspace_bytes(pages, heads, kind)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    token = [
-        native.Strided(0, 0, 0, 0) if x is None else strided(native, x[:, :, None]) for x in new[:3]
-    ]
-    angles = native.Angles(0, 0, 0, 0, False)
-    if new[3] is not None and new[4] is not None:
-        cos, sin = new[3], new[4]
-        wide = cos.dtype == torch.float32
-        angles = native.Angles(cos.data_ptr(), sin.data_ptr(), cos.stride(0), sin.stride(0), wide)
     native.decode(
         _launch(kv),
         pages,
-        *token,
-        angles,
+        *one_token(native, q, *token),
         heads,
         lengths.data_ptr(),
         0 if keep is None else keep.data_ptr(),

@@ -65,24 +65,6 @@ void attend(const Launch& launch, const Pages& pages, const void* q, const void*
 void check_lists(const Launch& launch, const Pages& pages, const int32_t* lengths,
                  const Selection& selection);
 
-// Rotary embedding by halves; cos == nullptr: q and k are rotated already.
-struct Angles {
-  const void *cos, *sin;  // [R, D], contiguous in D
-  int64_t cos_row, sin_row;
-  bool wide;  // fp32, else the dtype of the pool
-};
-
-// One new token of every row, at lengths - 1, and what it attends to.
-struct Token {
-  Strided q, k, v;  // [R, H or G, 1, D]; k.data == nullptr: they are in the pool already
-  Angles angles;
-  const int32_t* lengths;
-  const int32_t* keep;  // pages a row attends to, < 0: all; nullptr: all of every row
-  float radius_scale;
-  Reduce reduce;
-  float scale;
-};
-
 // The bits of rotating, append, page_scores, select_top with force_last and attend, in two kernels.
 // `counters` and `workspace` as for attend, the latter of decode_workspace_bytes.
 int64_t decode_workspace_bytes(const Pages& pages, int64_t heads, Reduce reduce);
