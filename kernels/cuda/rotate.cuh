@@ -48,30 +48,16 @@ __device__ __forceinline__ void load_rotated(const Angles& a, int64_t row, const
   own.unpack(y);
 }
 
-// Queries of a row in shared memory: rotated once, for all teams of a block.
-template <typename T, int kLanes>
-struct Queries {
-  Eight<T> part[kQueries][kLanes];
-
-  // Query heads head .. head + some - 1 of a row; all threads of the block take part.
-  __device__ __forceinline__ void fill(const Strided& q, const Angles& angles, int64_t row,
-                                       int64_t head, int some, int64_t dim) {
-    static_assert(kQueries * kLanes <= kThreads, "a thread has one part at most");
-    const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    if (i < some) {
-      Eight<T> rotated;
-      rotated.clear();
-      if (lane * 8 < dim) {
-        const T* from = static_cast<const T*>(q.data) + row * q.row + (head + i) * q.head;
-        float x[8];
-        load_rotated<T>(angles, row, from, static_cast<int>(dim), lane * 8, x);
-        rotated.pack(x);
-      }
-      part[i][lane] = rotated;
-    }
-    __syncthreads();
-  }
-};
+// This lane's part of query `head` of a row.
+template <typename T>
+__device__ __forceinline__ void load_query(const Strided& q, const Angles& angles, int64_t row,
+                                           int64_t head, int64_t dim, int lane, float (&x)[8]) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) x[e] = 0.0f;
+  if (lane * 8 >= dim) return;
+  const T* from = static_cast<const T*>(q.data) + row * q.row + head * q.head;
+  load_rotated<T>(angles, row, from, static_cast<int>(dim), lane * 8, x);
+}
 
 }  // namespace cuda
 }  // namespace quest

@@ -68,8 +68,8 @@ __device__ __forceinline__ Place place_of(const Pages& p, unsigned tiles,
   return {block % tiles, task % rows, task / rows};
 }
 
-template <int kLanes>
-__device__ __forceinline__ float team_sum(float x) {
+template <int kLanes, typename Number>
+__device__ __forceinline__ Number team_sum(Number x) {
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     x += __shfl_xor_sync(kAll, x, offset);
