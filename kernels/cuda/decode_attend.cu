@@ -89,8 +89,9 @@ template <typename Shared>
 __device__ __forceinline__ void count_read(const AttendArgs& a, Shared& s) {
   const Place place = place_of(a.p, 1);
   const int64_t at = place.row * a.p.kv_heads + place.head;
+  const int keep = keep_of(a.token, place.row);
   const int length = length_of(a.p, a.token.lengths, place.row, a.fault);
-  const Rule rule = rule_of(a.p, length, a.token.keep, place.row, a.fault);
+  const Rule rule = rule_of(a.p, length, keep, place.row, a.fault);
   wait_for_earlier();
   let_next_start();
   int many = 0;  // closed pages that this thread counted
@@ -139,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
   // Lengths, keep, q and the angles are older than the first kernel, which has waited for all
   // before it when this one starts: they may be read now.
-  const int length = length_of(p, a.token.lengths, r, a.fault);
-  const Rule rule = rule_of(p, length, a.token.keep, r, a.fault);
+  const int keep = keep_of(a.token, r), length = length_of(p, a.token.lengths, r, a.fault);
+  const Rule rule = rule_of(p, length, keep, r, a.fault);
   const int n = rule.tokens, chunk = n > 0 ? chunk_of(n) : 1;
   const int splits = n > 0 ? (n - 1) / chunk + 1 : 1;
   if (split >= splits) return;  // split 0 waits, so the grid does not end before the first kernel

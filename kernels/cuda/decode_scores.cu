@@ -62,18 +62,19 @@ __global__ void __launch_bounds__(kThreads, 4)
   const Pages& p = a.p;
   const Place place = place_of(p, a.tiles);
   const int64_t r = place.row, h = place.head;
-  const int length = length_of(p, a.token.lengths, r, a.fault);
+  const int team = threadIdx.x / kLanes;
+  const int64_t first = (static_cast<int64_t>(place.tile) - a.appends) * kTile<T, kLanes> + team;
+  Bounds<T> bounds;
+  look_up<T, kLanes>(p, r, first, bounds);  // on their way with the length
+  const int keep = keep_of(a.token, r), length = length_of(p, a.token.lengths, r, a.fault);
   if (length == 0) return;
   if (place.tile < a.appends) {
     append_token<T>(a, r, h, length - 1);
     return;
   }
-  const Rule rule = rule_of(p, length, a.token.keep, r, a.fault);
+  const Rule rule = rule_of(p, length, keep, r, a.fault);
   if (rule.wanted == 0) return;  // no page competes
-  const int team = threadIdx.x / kLanes;
-  const int64_t first = static_cast<int64_t>(place.tile - a.appends) * kTile<T, kLanes> + team;
   if (first - team >= rule.last) return;
-  Bounds<T> bounds;
   load_bounds<T, kLanes>(p, r, h, first, rule.last, rule.last, a.fault, bounds);
   const bool each = a.token.reduce == Reduce::kPerQuery;
   const int64_t lists = each ? a.group : 1, list = (r * p.kv_heads + h) * lists;

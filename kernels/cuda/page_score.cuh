@@ -22,20 +22,26 @@ struct Bounds {
   Eight<T> high[kUnroll<T>], low[kUnroll<T>];
 };
 
-// Looks up the pages below `scored` and loads what metadata those below `closed` have.
+// Asks for the ids of a team's pages. None is looked at before the last one is on its way, nor
+// before the row's length is known: each step waits for memory once.
+template <typename T, int kLanes>
+__device__ __forceinline__ void look_up(const Pages& p, int64_t row, int64_t first, Bounds<T>& b) {
+#pragma unroll
+  for (int u = 0; u < kUnroll<T>; ++u) {
+    const int64_t page = first + u * (kThreads / kLanes);
+    const bool listed = page >= 0 && page < p.row_pages;
+    b.id[u] = listed ? p.page_table[row * p.row_pages + page] : -1;
+  }
+}
+
+// Of the pages that were looked up, those below `scored` stay; loads what metadata those below
+// `closed` have.
 template <typename T, int kLanes>
 __device__ __forceinline__ void load_bounds(const Pages& p, int64_t row, int64_t kv_head,
                                             int64_t first, int64_t scored, int64_t closed,
                                             int64_t* fault, Bounds<T>& b) {
   constexpr int kTeams = kThreads / kLanes;
   const int lane = threadIdx.x % kLanes;
-  // Page ids first, then all that they lead to: each step waits for memory once. Hence no id is
-  // looked at before the last one is on its way.
-#pragma unroll
-  for (int u = 0; u < kUnroll<T>; ++u) {
-    const int64_t page = first + u * kTeams;
-    b.id[u] = page < scored ? p.page_table[row * p.row_pages + page] : 0;
-  }
 #pragma unroll
   for (int u = 0; u < kUnroll<T>; ++u) {
     const int64_t page = first + u * kTeams;

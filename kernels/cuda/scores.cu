@@ -51,11 +51,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t r = place.row, h = place.head;
   const int lane = threadIdx.x % kLanes, team = threadIdx.x / kLanes;
   const int64_t first = static_cast<int64_t>(place.tile) * kTile<T, kLanes> + team;
+  Bounds<T> bounds;
+  look_up<T, kLanes>(p, r, first, bounds);
   const int length = length_of(p, a.lengths, r, a.fault);
   const int64_t last = length > 0 ? (length - 1) / static_cast<int>(p.page_size) : 0;
   const int64_t scored = length > 0 ? last + (a.score_open ? 1 : 0) : 0;
 
-  Bounds<T> bounds;
   load_bounds<T, kLanes>(p, r, h, first, scored, last, a.fault, bounds);
   if (a.score_open) {  // the last page has no metadata yet
 #pragma unroll
