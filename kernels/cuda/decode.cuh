@@ -15,7 +15,7 @@ struct Rule {
 };
 
 __device__ __forceinline__ int keep_of(const Token& token, int64_t row) {
-  return token.keep == nullptr ? -1 : token.keep[row];
+  return token.keep == nullptr ? -1 : __ldcg(token.keep + row);
 }
 
 // The lists of select_top with force_last: keep >= pages or < 0 is everything.

@@ -13,11 +13,11 @@ __device__ __forceinline__ void load_angles(const void* from, bool wide, int64_t
                                             float (&x)[8]) {
   if (wide) {
     Eight<float> raw;
-    raw.load(static_cast<const float*>(from) + at);
+    raw.load_early(static_cast<const float*>(from) + at);
     raw.unpack(x);
   } else {
     Eight<T> raw;
-    raw.load(static_cast<const T*>(from) + at);
+    raw.load_early(static_cast<const T*>(from) + at);
     raw.unpack(x);
   }
 }
@@ -27,14 +27,14 @@ template <typename T>
 __device__ __forceinline__ void load_rotated(const Angles& a, int64_t row, const T* x, int dim,
                                              int d, float (&y)[8]) {
   Eight<T> own;
-  own.load(x + d);
+  own.load_early(x + d);
   own.unpack(y);
   if (a.cos == nullptr) return;
   // D / 2 is a multiple of 4: four neighbours have neighbours for partners.
   const int half = dim / 2, next = d + 4;
   Eight<T> other;
-  other.load_fours(x + (d < half ? d + half : d - half),
-                   x + (next < half ? next + half : next - half));
+  other.load_fours_early(x + (d < half ? d + half : d - half),
+                         x + (next < half ? next + half : next - half));
   float partner[8], cos[8], sin[8];
   other.unpack(partner);
   load_angles<T>(a.cos, a.wide, row * a.cos_row + d, cos);
