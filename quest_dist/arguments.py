@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quest_dist.backend import by_reference
+from quest_dist.backend import by_reference, compiled_cuda
 
 # What the compiled ops take, and their number for it; the reference takes any floating dtype.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -27,6 +27,21 @@ WORD = 16  # bytes that a GPU's kernels load at a time
 def strided(native: ModuleType, x: torch.Tensor) -> object:
     """A tensor [R, heads, tokens, D], contiguous in D, for the compiled ops."""
     return native.Strided(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def check_device(what: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise unless the ops can run on `device` in `dtype`, where `what` is, as the message says.
+
+    ValueError for a device or dtype without kernels; ImportError where a GPU's are not built.
+    """
+    if device.type not in LARGEST_HEAD:
+        places = " and ".join(LARGEST_HEAD)
+        raise ValueError(f"{what} is on {device}: there are kernels for {places}")
+    takes = tuple(DTYPES) if device.type == "cuda" else ON_CPU
+    if dtype not in takes and not by_reference():
+        raise ValueError(f"{what} is {dtype} on {device}: the kernels there take {_names(takes)}")
+    if device.type == "cuda":
+        compiled_cuda()
 
 
 class Arguments:

@@ -15,9 +15,9 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quest_dist.batch import Batch, Group, new_batch
+from quest_dist.arguments import check_device
+from quest_dist.batch import Group, new_batch
 from quest_dist.folders import find
 from quest_dist.methods.method import Method
 from quest_dist.plan import Spec
@@ -36,10 +37,23 @@ from quest_dist.suggest import did_you_mean
 ATTENTION = "quest_dist"
 
 
-class PagedCache(Cache):
-    """transformers' view of a `Batch`: what the model writes to and asks the length of."""
+class Attends(Protocol):
+    """Rows whose attention is patched in; `batch.Batch` says what its methods do."""
 
-    def __init__(self, batch: Batch | None = None) -> None:
+    def write(self, layer: int, k: Tensor, v: Tensor, padding: Sequence[int] | None) -> None:
+        """Take the new keys and values of a layer."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of the tokens just written."""
+
+    def count(self) -> None:
+        """A forward pass is over."""
+
+
+class PagedCache(Cache):
+    """transformers' view of rows: what the model writes to and asks the length of."""
+
+    def __init__(self, batch: Attends | None = None) -> None:
         super().__init__(layers=[])
         self.batch = batch
         self.padding: list[int] | None = None
@@ -119,7 +133,13 @@ class Patch:
         if cache.batch is None:
             groups = self._fresh_groups(tokens.shape[0])
             cache.batch = new_batch(
-                self.geometry, self.page_size, groups, tokens.shape[0], self.rotate, tokens.shape[1]
+                self.geometry,
+                self.page_size,
+                groups,
+                rows=tokens.shape[0],
+                rotate=self.rotate,
+                reserve=tokens.shape[1],
+                device=self.model.device,
             )
         cache.padding = left_padding(kwargs.get("attention_mask"), tokens.shape[1])
         self._cache, self._new = cache, tokens.shape[1]
@@ -184,8 +204,7 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
             f"model {name}: it does not use transformers' attention interface, so it cannot be "
             "patched; Llama, Mistral, Qwen2 and Qwen3 style decoders can"
         )
-    if model.device.type != "cpu":
-        raise ValueError(f"model {name} is on {model.device}: this build has kernels for cpu only")
+    check_placed(model)
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     sliding = getattr(config, "sliding_window", None)
@@ -201,6 +220,17 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
         dtype=model.dtype,
         window=sliding,
     )
+
+
+def check_placed(model: PreTrainedModel) -> None:
+    """Raise where the ops cannot work on a model: ValueError for a model spread over devices or of
+    a dtype or on a device without kernels, ImportError where these are not built."""
+    name = type(model).__name__
+    places = {parameter.device for parameter in model.parameters()}
+    if len(places) > 1:
+        listed = ", ".join(sorted(map(str, places)))
+        raise ValueError(f"model {name} is spread over {listed}: put it on one device")
+    check_device(f"model {name}", model.device, model.dtype)
 
 
 def left_padding(mask: Tensor | None, new: int) -> list[int] | None:
@@ -280,6 +310,7 @@ def patched(
         probe.check_budget(budget, page_size)
     elif budget is not None:
         raise ValueError(f"budget={budget}: method {method!r} has no budget")
+    probe.check_backend(model.device.type, str(model.dtype), geometry_of(model).head_dim)
 
     def fresh_groups(rows: int) -> list[Group]:
         return [Group(spec.build(), [budget or 0] * rows, dense_layers)]

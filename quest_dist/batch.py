@@ -124,7 +124,7 @@ class Batch:
         return self._prefill(layer, q, k, v, scale)
 
     def _prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
         for row, pad in enumerate(self._unused_padding):
             queries = q[row : row + 1, :, pad:]
             keys, values = k[row : row + 1, :, pad:], v[row : row + 1, :, pad:]
@@ -163,6 +163,7 @@ class Batch:
                 kv_heads=geometry.kv_heads,
                 scale=scale,
                 rotate=self.rotate,
+                through=group.method.backend,
             )
             out[first:last] = self._attend_group(group, first, view, q[first:last])
         return out
@@ -237,7 +238,8 @@ def new_batch(
     rotate: Rotate,
     reserve: int = 0,
     observers: Sequence[Group] = (),
+    device: torch.device | str = "cpu",
 ) -> Batch:
-    """A batch of empty rows over a pool of its own with room for `reserve` tokens."""
-    pool = Pool(geometry, page_size, pages=rows + reserve // page_size)
+    """A batch of empty rows over a pool of its own on `device`, with room for `reserve` tokens."""
+    pool = Pool(geometry, page_size, pages=rows + reserve // page_size, device=device)
     return Batch(Rows(pool, rows), groups, rotate, observers)

@@ -6,12 +6,15 @@ is bytes, GPUs may be a fraction (several workers on one GPU share its memory, u
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 BACKENDS = ("ray", "inline")
+DEVICES = ("auto", "cpu", "cuda")
 #: Share of the memory available at start that workers may plan to use.
 MEMORY_SHARE = 0.7
 
@@ -21,7 +24,9 @@ class Cluster:
     """Settings of `cluster`; None means: choose for this machine.
 
     `backend`: ray (Ray Tune) or inline (this process, one unit after the other). `address`: a
-    running Ray cluster to attach to; None starts a private one on this machine.
+    running Ray cluster to attach to; None starts a private one on this machine. `device`: where
+    workers compute; auto is cuda where `gpus_per_worker` gives them a GPU, else cpu; cuda gives
+    each one GPU unless `gpus_per_worker` says otherwise.
     `cpus_per_worker` is also a worker's number of threads. `max_failures`: times that a unit is
     tried again after its worker broke. `env`: environment variables for the workers of an
     attached cluster.
@@ -29,6 +34,7 @@ class Cluster:
 
     backend: str = "ray"
     address: str | None = None
+    device: str = "auto"
     workers: int | None = None
     cpus_per_worker: int | None = None
     gpus_per_worker: float | None = None
@@ -44,6 +50,11 @@ class Workers:
     count: int
     cpus: int
     gpus: float
+
+    @property
+    def device(self) -> str:
+        """Where they compute."""
+        return "cuda" if self.gpus else "cpu"
 
 
 def check(cluster: Cluster) -> None:
@@ -61,6 +72,25 @@ def check(cluster: Cluster) -> None:
         raise ValueError(
             f"cluster.gpus_per_worker={gpus}: must be a fraction up to 1 or a whole number"
         )
+    if cluster.device not in DEVICES:
+        raise ValueError(f"cluster.device={cluster.device!r}: choose {', '.join(DEVICES)}")
+    if gpus is not None and cluster.device == ("cpu" if gpus else "cuda"):
+        raise ValueError(
+            f"cluster.device={cluster.device} contradicts cluster.gpus_per_worker={gpus:g};"
+            " leave one of them out"
+        )
+
+
+def gpus_of(cluster: Cluster) -> float:
+    """GPUs of each worker."""
+    if cluster.gpus_per_worker is not None:
+        return cluster.gpus_per_worker
+    return 1.0 if cluster.device == "cuda" else 0.0
+
+
+def device_of(cluster: Cluster) -> str:
+    """Where its workers compute: cpu or cuda."""
+    return "cuda" if gpus_of(cluster) else "cpu"
 
 
 def fit(cluster: Cluster, memory_per_worker: int) -> Workers:
@@ -71,12 +101,15 @@ def fit(cluster: Cluster, memory_per_worker: int) -> Workers:
     number for cutting the work; the cluster's resources are what limits them).
     """
     check(cluster)
-    gpus = cluster.gpus_per_worker or 0.0
+    gpus = gpus_of(cluster)
     if cluster.address is not None:
         return Workers(cluster.workers or 8, cluster.cpus_per_worker or 4, gpus)
     cpus, devices = available_cpus(), available_gpus()
     if gpus > devices:
-        raise ValueError(f"cluster.gpus_per_worker={gpus:g}: this machine has {devices} GPUs")
+        key = "device=cuda" if cluster.gpus_per_worker is None else f"gpus_per_worker={gpus:g}"
+        raise ValueError(f"cluster.{key}: this machine has {devices} GPUs")
+    if gpus and (lacking := lacking_for_gpus()):
+        raise ValueError(f"cluster.device=cuda: {lacking}")
     if (cluster.cpus_per_worker or 1) > cpus:
         raise ValueError(
             f"cluster.cpus_per_worker={cluster.cpus_per_worker}: this machine has {cpus} CPUs"
@@ -109,6 +142,17 @@ def available_gpus() -> int:
         return len(devices)
     named = [part for part in visible.split(",") if part.strip() not in ("", "-1")]
     return min(len(named), len(devices))
+
+
+def lacking_for_gpus() -> str:
+    """What this installation lacks to compute on a GPU and what to do; empty if nothing."""
+    if importlib.util.find_spec("quest_dist._cuda") is None:
+        return (
+            "quest_dist._cuda is not built; run `python setup.py build_ext --inplace` with CUDA's"
+            " nvcc in PATH (QUEST_CUDA=1 says what is missing)"
+        )
+    torch = importlib.metadata.version("torch")
+    return f"torch {torch} was built without CUDA; install one with it" if "+cpu" in torch else ""
 
 
 def available_memory() -> int:

@@ -80,11 +80,11 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     groups, order = groups_of(points)
     page_size = points[0].page_size
     with patch(loaded.model, lambda rows: groups, page_size) as patched:
-        started = time.perf_counter()
-        prefix = _prefill(loaded, patched, sample, groups, len(order))
-        prefilled = time.perf_counter()
+        started = _now(loaded.device)
+        prefix = prefill(loaded, patched, sample, groups, len(order))
+        prefilled = _now(loaded.device)
         rows, measured = _decode(loaded, sample, prefix.fork(groups), order)
-        finished = time.perf_counter()
+        finished = _now(loaded.device)
     share = (finished - prefilled) / len(order)
     results: dict[int, Evaluated] = {}
     for row, counted in zip(rows, measured, strict=True):
@@ -119,11 +119,18 @@ def check_sample(sample: Sample, max_length: int) -> None:
         )
 
 
-def _prefill(
+def _now(device: torch.device) -> float:
+    """The clock once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def prefill(
     loaded: LoadedModel, patched: Patch, sample: Sample, groups: Sequence[Group], rows: int
 ) -> Batch:
-    """The prefilled context as a batch of one row, in a pool with room for the tails of `rows`
-    rows."""
+    """The context of a sample as a batch of one row, in a pool with room for the tails of `rows`
+    rows; the methods of `groups` look on."""
     length = len(sample.context)
     tails = rows * (len(sample.tail) + sample.max_new_tokens + patched.page_size)
     prefix = new_batch(
@@ -134,6 +141,7 @@ def _prefill(
         rotate=patched.rotate,
         reserve=length + tails,
         observers=groups,
+        device=loaded.device,
     )
     _forward(loaded, PagedCache(prefix), [sample.context], 0)
     return prefix
@@ -168,7 +176,7 @@ def _decode(
         logits = _forward(loaded, cache, [[token]] * len(rows), position)
         position += 1
         if sample.score_tail and number + 1 < len(sample.tail):
-            target = torch.full((len(rows),), sample.tail[number + 1])
+            target = torch.full((len(rows),), sample.tail[number + 1], device=logits.device)
             for row, nll in zip(
                 rows,
                 torch.nn.functional.cross_entropy(logits, target, reduction="none"),

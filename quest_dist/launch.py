@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from quest_dist import closing, cost, figures, overview, schedule, stats, table
+from quest_dist.cluster import device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
 from quest_dist.plan import Unit
@@ -102,7 +103,7 @@ def _run(
     workers = work.workers
     resources = f"{workers.count} x {workers.cpus} threads"
     if workers.gpus:
-        resources += f" and {workers.gpus:g} GPU"
+        resources += f" and {workers.gpus:g} GPU (cuda)"
     where = "this process" if sweep.cluster.backend == "inline" else "Ray Tune"
     described = f"{where}, {resources}; {sweep.output_dir}"
     with Progress(
@@ -200,5 +201,6 @@ def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:
         config=provenance.config,
         about=sweep.about,
         source=provenance.source,
+        device=device_of(sweep.cluster),
     )
     return tracker.Tracker(sweep.tracking, sweep.output_dir, known, ledger)

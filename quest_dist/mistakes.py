@@ -53,6 +53,9 @@ def _unknown(path: str, known: Mapping[str, Any]) -> str:
         if not isinstance(level, Mapping) or part not in level:
             choices = list(level) if isinstance(level, Mapping) else []
             suffix = f" in {'.'.join(parts[:depth])}" if depth else ""
+            groups = {k: v for k, v in known.items() if isinstance(v, Mapping) and depth == 0}
+            if inside := [name for name, group in groups.items() if part in group]:
+                return f"unknown setting '{path}'; did you mean '{inside[0]}.{path}'?"
             return f"unknown setting '{path}': no '{part}'{suffix}; {did_you_mean(part, choices)}"
         level = level[part]
     return f"cannot set '{path}'"

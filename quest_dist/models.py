@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SOURCES = ("bundled", "hub", "local")
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32", "float16")
 KEYS = {
     "source": "bundled",
     "repo": None,
@@ -87,9 +87,13 @@ def _local(path: str) -> Path:
     return folder
 
 
-def check(settings: Mapping[str, Any]) -> None:
+def check(settings: Mapping[str, Any], device: str = "cpu") -> None:
     """Raise ValueError for whatever can be known to be wrong without loading anything."""
     read = _read(settings)
+    if read["dtype"] == "float16" and device == "cpu":
+        raise ValueError(
+            "model.dtype='float16' runs on a GPU only: set cluster.device=cuda, or bfloat16"
+        )
     if read["source"] == "bundled":
         bundled.weights()
     elif read["source"] == "local":
@@ -132,11 +136,17 @@ def _fingerprint(folder: Path) -> str:
     return sha.hexdigest()[:16]
 
 
-def load(settings: Mapping[str, Any], device: str | None = None) -> LoadedModel:
-    """Load a configured model onto `device` (default: the CPU, where the kernels are)."""
+def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
+    """Load a configured model onto `device`: cpu, or cuda for this process's first GPU.
+
+    Raises ValueError for what cannot be loaded or no GPU to load it to, ImportError where the
+    kernels of the device are not built.
+    """
     import torch
     import transformers
     from safetensors import SafetensorError
+
+    from quest_dist.arguments import check_device
 
     read = _read(settings)
     where: str | Path
@@ -147,7 +157,8 @@ def load(settings: Mapping[str, Any], device: str | None = None) -> LoadedModel:
         where = _local(read["path"])
     else:
         where, extra = read["repo"], {"revision": read["revision"]}
-    placed = torch.device(device or "cpu")
+    placed = place(device)
+    check_device(f"model.dtype={read['dtype']}", placed, getattr(torch, read["dtype"]))
     # Bars of a hundred weights say nothing in a worker, and cover the sweep's own.
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
@@ -167,6 +178,31 @@ def load(settings: Mapping[str, Any], device: str | None = None) -> LoadedModel:
         raise ValueError(f"model {read['repo'] or where}: cannot be loaded ({reason})") from error
     model = model.to(placed).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, language(read, tokenizer, model), placed)
+
+
+def random(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A Llama with seeded random weights; `sizes` are fields of transformers' LlamaConfig."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    auto: Any = transformers.AutoModelForCausalLM
+    with device:
+        config = transformers.LlamaConfig(**sizes)
+        model = auto.from_config(config, dtype=dtype)
+    made: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return made
+
+
+def place(device: str) -> torch.device:
+    """The torch device of a name: cpu or cuda; ValueError where torch finds no GPU."""
+    import torch
+
+    if device != "cuda":
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        raise ValueError(f"device cuda: torch {torch.__version__} finds no GPU in this process")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def language(read: Mapping[str, Any], tokenizer: Any, model: Any) -> Language:

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quest_dist import on_cpu, on_cuda, reference
+from quest_dist import on_cpu, on_cuda, on_flashinfer, reference
 from quest_dist.arguments import Arguments
 from quest_dist.backend import (
     backend,
@@ -41,9 +41,11 @@ from quest_dist.reference import Attended
 
 __all__ = [
     "REDUCTIONS",
+    "THROUGH",
     "UNITS",
     "Attended",
     "Reduce",
+    "Through",
     "Unit",
     "allocate_pages",
     "append",
@@ -65,8 +67,10 @@ __all__ = [
 
 Unit = Literal["pages", "tokens"]
 Reduce = Literal["per_query", "max", "mean"]
+Through = Literal["compiled", "flashinfer"]
 UNITS: tuple[Unit, ...] = ("pages", "tokens")
 REDUCTIONS: tuple[Reduce, ...] = ("per_query", "max", "mean")
+THROUGH: tuple[Through, ...] = ("compiled", "flashinfer")
 
 
 def allocate_pages(
@@ -173,13 +177,15 @@ def attend(
     probabilities: bool = False,
     rolled_query: Tensor | None = None,
     rolled: int = 0,
+    through: Through = "compiled",
 ) -> Attended:
     """Attention of one query a row, q [R, H, D], over the pages or tokens that its lists name.
 
     index int32 [R, Hs, K] and count int32 [R, Hs] as `select_top` gives them; Hs is 1, G or H; no
     index, or count -1, means every token. Lists may be in any order but must not name a thing twice
     or be empty. `scale` defaults to D ** -0.5. The first `rolled` tokens of each list of tokens are
-    scored with `rolled_query` [R, H, D] in place of q.
+    scored with `rolled_query` [R, H, D] in place of q. `through` flashinfer (see `on_flashinfer`)
+    attends to lists of pages on a GPU with that library's kernels, which round as they do.
     """
     a = Arguments("attend")
     a.take_pool(kv, page_table, lengths)
@@ -203,6 +209,10 @@ def attend(
         if index is not None and unit != "tokens":
             raise a.refuse("unit", repr(unit), "'tokens' when a rolled_query is given")
     scale = a["D"] ** -0.5 if scale is None else scale
+    if a.choice("through", through, THROUGH):
+        return on_flashinfer.attend(
+            a, q, kv, page_table, lengths, index, count, scale, probabilities
+        )
     if by_reference():
         options = (unit, scale, probabilities, rolled_query, rolled)
         return reference.attend(q, kv, page_table, lengths, index, count, *options)

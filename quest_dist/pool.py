@@ -160,28 +160,39 @@ class Rows:
 
         Raises ValueError when a row would outgrow the model's sliding window.
         """
-        size, window = self.pool.page_size, self.pool.geometry.window
-        grown = False
-        for row, count in enumerate(counts):
-            old, new = self._lengths[row], self._lengths[row] + count
-            if window is not None and new > window:
-                raise ValueError(
-                    f"sequence of {new} tokens: the model has a sliding window of {window} tokens, "
-                    "beyond which the patched attention would differ from it; use shorter inputs"
-                )
-            pages = self._pages[row]
-            if count and old % size:
-                owned = self.pool.owned(pages[-1])
-                grown = grown or owned != pages[-1]
-                pages[-1] = owned
-            while len(pages) * size < new:
-                pages.append(self.pool.take())
-                grown = True
-            self._lengths[row] = new
-        if grown:
+        grown = [self._make_room(row, count) for row, count in enumerate(counts)]
+        self._lengths = [old + count for old, count in zip(self._lengths, counts, strict=True)]
+        if any(grown):
             self._refresh()
         else:
             self.lengths = self._ints(self._lengths)
+
+    def reserve(self, count: int) -> None:
+        """Give each row the pages of its next `count` tokens now; `page_table` will not change
+        while they come, and `lengths` do not count them yet.
+
+        Raises ValueError as `extend` does.
+        """
+        for row in range(len(self)):
+            self._make_room(row, count)
+        self._refresh()
+
+    def _make_room(self, row: int, count: int) -> bool:
+        """Pages for `count` more tokens of a row, which it alone holds; whether any are new."""
+        size, window = self.pool.page_size, self.pool.geometry.window
+        old, new = self._lengths[row], self._lengths[row] + count
+        if window is not None and new > window:
+            raise ValueError(
+                f"sequence of {new} tokens: the model has a sliding window of {window} tokens, "
+                "beyond which the patched attention would differ from it; use shorter inputs"
+            )
+        pages = self._pages[row]
+        before = list(pages)
+        if count and old % size:
+            pages[old // size] = self.pool.owned(pages[old // size])
+        while len(pages) * size < new:
+            pages.append(self.pool.take())
+        return pages != before
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the newest tokens of every row: k, v [R, G, n, D], n tokens each, already counted

@@ -57,13 +57,13 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     specs = {group: specs_of(config[group], group) for group in _CHOSEN}
     _check_chosen(config)
     plan.check_grid(grid, specs)
-    _check_models(specs["model"], grid["model"])
+    _check_models(specs["model"], grid["model"], cluster.device_of(resources))
     for name in grid["model"]:
         specs["model"][name] = _identified(specs["model"][name])
     protocol = _named(config["protocol"], "protocol")
     tasks, data = _tasks(config, specs["task"], protocol)
     points = plan.points(grid, config["exclude"], specs, data, protocol)
-    _check_methods(points)
+    _check_methods(points, resources)
     counts = {p.key: min(tasks[p.task.name][0], limit or tasks[p.task.name][0]) for p in points}
     return Sweep(
         name=str(config["name"]),
@@ -108,10 +108,10 @@ def _named(settings: Mapping[str, Any], group: str) -> Spec:
     return Spec(str(settings.get("label", group)), settings)
 
 
-def _check_models(specs: Mapping[str, Spec], names: Sequence[str]) -> None:
+def _check_models(specs: Mapping[str, Spec], names: Sequence[str], device: str) -> None:
     for name in names:
         try:
-            models.check(specs[name].settings)
+            models.check(specs[name].settings, device)
         except ValueError as error:
             raise ValueError(str(error).replace("model.", f"model.{name}.", 1)) from error
 
@@ -154,22 +154,27 @@ def _check_length(config: Mapping[str, Any], needs: int | None) -> None:
             )
 
 
-def _check_methods(points: Sequence[Point]) -> None:
+def _check_methods(points: Sequence[Point], resources: Cluster) -> None:
     built: dict[str, Any] = {}
+    device = cluster.device_of(resources)
     for point in points:
         name = point.method.name
         if name not in built:
             built[name] = _method(point.method)
-        layers = (point.model.settings.get("shape") or {}).get("layers")
+        shape = point.model.settings.get("shape") or {}
+        layers = shape.get("layers")
         if layers is not None and point.dense_layers > layers:
             raise ValueError(
                 f"grid.dense_layers={point.dense_layers}: {point.model.name} has {layers} layers"
             )
-        if point.budget is not None:
-            try:
+        try:
+            built[name].check_backend(
+                device, point.model.identity.get("dtype"), shape.get("head_dim")
+            )
+            if point.budget is not None:
                 built[name].check_budget(point.budget, point.page_size)
-            except ValueError as error:
-                raise ValueError(f"method {name}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"method {name}: {error}") from error
 
 
 def _method(spec: Spec) -> Any:

@@ -28,7 +28,8 @@ COST = ("attended", "context_tokens", "new_tokens", "seconds")
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is known of a sweep beside its points. `source`: git commit, branch and repository."""
+    """What is known of a sweep beside its points. `source`: git commit, branch and repository;
+    `device`: where its workers compute."""
 
     name: str
     command: str = ""
@@ -36,6 +37,7 @@ class Sweep:
     about: str = ""
     user: str = ""
     source: Mapping[str, str] = field(default_factory=dict)
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def sweep_run(rows: Sequence[Row], sweep: Sweep, closed: bool, note: str = "") -
             "quest.task": _listed(row.task for row in rows),
             "quest.method": _listed(row.method for row in rows),
             "quest.data": _listed(row.data for row in rows),
+            **({"quest.device": sweep.device} if sweep.device else {}),
             **({"mlflow.note.content": text[:8000]} if text else {}),
         },
     )

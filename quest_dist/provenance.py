@@ -18,7 +18,8 @@ from quest_dist.cluster import available_cpus
 
 @dataclass(frozen=True)
 class Provenance:
-    """The command, the composed configuration (YAML, unresolved), git facts and the hardware."""
+    """The command, the composed configuration (YAML, unresolved), git facts and the hardware that
+    computes."""
 
     command: str = ""
     config: str = ""
@@ -27,10 +28,10 @@ class Provenance:
     hardware: str = ""
 
     @classmethod
-    def here(cls, arguments: Sequence[str], config: str) -> Provenance:
-        """Return what is true of this process and machine."""
+    def here(cls, arguments: Sequence[str], config: str, device: str = "cpu") -> Provenance:
+        """Return what is true of this process and machine, whose workers compute on `device`."""
         command = shlex.join(["python", "-m", "quest_dist.sweep", *arguments])
-        return cls(command, config, tuple(arguments), git(), hardware())
+        return cls(command, config, tuple(arguments), git(), hardware(device))
 
     def save(self, directory: Path) -> None:
         """Keep config.yaml and overrides.yaml in a folder named by the time, as Hydra would."""
@@ -61,16 +62,19 @@ def git() -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def hardware() -> str:
-    """Return the CPU's name and how many of its cores this process may use."""
+def hardware(device: str = "cpu") -> str:
+    """Return the CPU's name and how many of its cores this process may use; for the device cuda,
+    also this machine's GPUs."""
     cpu = platform.processor() or platform.machine()
     if sys.platform == "linux":
         found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
         cpu = found[1].strip() if found else cpu
+    if device != "cuda":
+        return f"{cpu}, {available_cpus()} cores"
     names = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     models = [m[1].strip() for p in names if (m := re.search(r"Model:\s*(.+)", _read(str(p))))]
-    gpus = f", {len(models)} x {models[0]}" if models else ""
-    return f"{cpu}, {available_cpus()} cores{gpus}"
+    gpus = f"{len(models)} x {models[0]}" if models else "cuda"
+    return f"{cpu}, {available_cpus()} cores, {gpus}"
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -63,11 +63,14 @@ def _hydra(arguments: list[str]) -> int:
     def task(cfg: DictConfig) -> None:
         nonlocal status, mistake
         from quest_dist import launch
+        from quest_dist.cluster import Cluster, device_of
         from quest_dist.provenance import Provenance
 
         try:
-            provenance = Provenance.here(arguments, compose.text(cfg))
-            status = launch.run(compose.plain(cfg), provenance)
+            config = compose.plain(cfg)
+            device = device_of(Cluster(**config["cluster"]))
+            provenance = Provenance.here(arguments, compose.text(cfg), device)
+            status = launch.run(config, provenance)
         except ValueError as error:  # kept from Hydra, which would add words of its own
             mistake = error
 

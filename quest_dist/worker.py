@@ -30,10 +30,10 @@ _loaded: dict[str, LoadedModel] = {}
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a worker has: CPU threads and (a share of) GPUs; None: whatever torch finds."""
+    """What a worker has: CPU threads and (a share of) a GPU, where it then computes."""
 
     threads: int = 1
-    gpus: float | None = None
+    gpus: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -53,13 +53,14 @@ def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[st
     )
     for index in work.samples:
         records = _sample(loaded, task, index, work.points)
-        _release_memory()
+        _release_memory(loaded)
         yield {"unit": work.key, "sample": index, "records": records}
 
 
 def _load(unit: Unit, runtime: Runtime) -> LoadedModel:
     """The unit's model, loaded at most once in this process; an earlier one is dropped first."""
-    if runtime.gpus == 0:
+    device = "cuda" if runtime.gpus else "cpu"
+    if device == "cpu":
         # Ray leaves every GPU visible to workers that asked for none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
@@ -68,19 +69,23 @@ def _load(unit: Unit, runtime: Runtime) -> LoadedModel:
     from quest_dist import models
 
     torch.set_num_threads(runtime.threads)
-    key = canonical(unit.first.model.to_dict())
+    key = canonical([device, unit.first.model.to_dict()])
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = models.load(unit.first.model.settings)
+        _loaded[key] = models.load(unit.first.model.settings, device)
     return _loaded[key]
 
 
-def _release_memory() -> None:
-    """Hand what a sample has freed back to the system.
+def _release_memory(loaded: LoadedModel) -> None:
+    """Hand what a sample has freed back to the system, and to the workers that share the GPU.
 
     A scheduler runs units in threads other than the main one, whose heaps glibc never trims by
     itself: without this a worker grows by a few MB a sample for as long as it lives.
     """
+    if loaded.device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
     if trim is not None:
         trim(0)
@@ -106,6 +111,7 @@ def _evaluate(
     try:
         return list(engine.evaluate(loaded, sample, points))
     except Exception as error:
+        _check_alive(loaded)
         methods = {point.method.canonical() for point in points}
         if len(methods) == 1:
             return [error] * len(points)
@@ -115,6 +121,15 @@ def _evaluate(
         results = _evaluate(loaded, sample, members)
         found |= {point.key: result for point, result in zip(members, results, strict=True)}
     return [found[point.key] for point in points]
+
+
+def _check_alive(loaded: LoadedModel) -> None:
+    """Raise where an error has ended this process's use of its GPU, which only a new one gets
+    back."""
+    if loaded.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(loaded.device)
 
 
 def _record(

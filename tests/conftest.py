@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import gpu
@@ -12,6 +13,16 @@ from quest_dist import ops
 
 # Small tensors: more threads only wait for each other. Tests of threading set their own.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """An inline worker sets variables, among them which GPUs are seen: for its test only."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(params=[*ops.isas(), pytest.param("cuda", marks=gpu.needs_gpu)])
@@ -31,4 +42,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Runs the test once on the CPU and once on the GPU."""
     if request.param == "cuda":
         gpu.move_ops(monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu.needs_gpu)])
+def place(request: pytest.FixtureRequest) -> str:
+    """Runs the test once with the model on the CPU and once with it on the GPU."""
     return str(request.param)

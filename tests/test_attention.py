@@ -19,19 +19,20 @@ def generate(
     model: torch.nn.Module, prompt: torch.Tensor = PROMPT, **options: object
 ) -> torch.Tensor:
     """Twelve greedy tokens after the prompt."""
-    mask = options.pop("attention_mask", torch.ones_like(prompt))
+    prompt = prompt.to(model.device)
+    mask = options.pop("attention_mask", torch.ones_like(prompt)).to(model.device)
     out = model.generate(prompt, attention_mask=mask, max_new_tokens=12, do_sample=False, **options)
     return out[:, prompt.shape[1] :]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_gives_the_tokens_and_logits_of_the_unpatched_model(kind: str) -> None:
-    model = tiny(kind)
+def test_full_gives_the_tokens_and_logits_of_the_unpatched_model(kind: str, place: str) -> None:
+    model, prompt = tiny(kind).to(place), PROMPT.to(place)
     expected = generate(model)
-    logits = model(PROMPT).logits
+    logits = model(prompt).logits
     with quest_dist.patched(model, page_size=8):
         assert torch.equal(generate(model), expected)
-        assert torch.allclose(model(PROMPT).logits, logits, atol=1e-4)
+        assert torch.allclose(model(prompt).logits, logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
@@ -87,8 +88,8 @@ def test_two_models_and_two_caches_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_left_padded_row_equals_the_unpadded_one(name: str) -> None:
-    model = tiny()
+def test_a_left_padded_row_equals_the_unpadded_one(name: str, place: str) -> None:
+    model = tiny().to(place)
     padded = torch.cat([PROMPT, torch.nn.functional.pad(PROMPT[:, :39], (11, 0))])
     mask = (torch.arange(50) >= torch.tensor([[0], [11]])).long()
     budget = None if name == "full" else 12

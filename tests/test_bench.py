@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import json
@@ -12,28 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_points import CPU, TINY, options, tiny
 
 from quest_dist import ops
 from quest_dist.bench import attention, sides, timing
 from quest_dist.bench.__main__ import main
-from quest_dist.bench.attention_table import TARGETS, Figures
-from quest_dist.bench.shapes import SHAPES, Point, Shape, last_level_cache, parsed_size
+from quest_dist.bench.attention_figures import Figures
+from quest_dist.bench.attention_plan import planned
+from quest_dist.bench.places import last_level_cache
+from quest_dist.bench.shapes import SHAPES, Point, parsed_size
 from quest_dist.bench.timing import Rotation, Side
-
-TINY = {
-    "7b": Shape("7b", "tiny MHA", 4, 4, 32),
-    "8b": Shape("8b", "tiny GQA", 4, 1, 32),
-}
-QUESTS = ((64, "max"), (64, "per_query"))
-
-
-def tiny(dtype: torch.dtype) -> attention.Plan:
-    """The summary's points and rows of both kinds, of a machine with 16 KB of cache."""
-    points = [Point(TINY[name], 256, quests=QUESTS) for name in TINY]
-    points += [Point(TINY["8b"], 256, 3, shared, QUESTS[:1]) for shared in (False, True)]
-    sharing = [Point(TINY[name], 128, 5, shared=True) for name in TINY]
-    figures = Figures(context=256, budget=64)
-    return attention.Plan(tuple(points), tuple(sharing), dtype, 0.01, 16 << 10, figures)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -42,8 +29,8 @@ def test_a_tiny_run_has_every_figure(dtype: torch.dtype, tmp_path: Path) -> None
     report.show()
     report.write(tmp_path / "new" / "report.json")
     content = json.loads((tmp_path / "new" / "report.json").read_text())
-    assert content["targets"] == TARGETS
-    assert list(content["summary"])[: len(TARGETS)] == list(TARGETS)
+    assert content["targets"] == Figures.targets
+    assert list(content["summary"])[: len(Figures.targets)] == list(Figures.targets)
     assert all(math.isfinite(value) and value > 0 for value in content["summary"].values())
     seen = {(row["shape"], row["rows"], row["prefix"], row["what"]) for row in content["rows"]}
     for what in ("read", "dense", "quest", "score", "select", "attend", "sdpa gqa", "sdpa folded"):
@@ -54,7 +41,9 @@ def test_a_tiny_run_has_every_figure(dtype: torch.dtype, tmp_path: Path) -> None
     assert ("7b", 5, "shared", "dense, 5 calls") in seen
     for row in content["rows"]:
         assert 0 < row["p10"] <= row["us"] <= row["p90"]
-    whole = next(row for row in content["rows"] if row["what"] == "quest")
+    assert content["setting"]["flashinfer"].endswith("runs on CUDA devices only, not on the cpu")
+    assert "x flashinfer" not in content["rows"][0]
+    whole = next(row for row in content["rows"] if row["what"] == "pieces")
     parts = [row for row in content["rows"] if row["what"] in ("score", "select", "attend")][:3]
     assert sum(part["p10"] for part in parts) <= whole["p90"]
 
@@ -74,9 +63,9 @@ def test_shared_rows_and_single_calls_compute_the_same() -> None:
 def test_a_wrong_result_is_not_timed() -> None:
     cache = sides.filled(Point(TINY["8b"], 128), 2, torch.float32)
     sides.check_dense(cache)
-    sides.QuestStep(cache, 64, "max").side(Rotation(2))
+    sides.QuestStep(cache, 64, "max").sides(Rotation(2))
     with pytest.raises(RuntimeError, match="quest attended to other than 72 tokens"):
-        sides.QuestStep(cache, 72, "max").side(Rotation(2))  # no whole number of pages
+        sides.QuestStep(cache, 72, "max").sides(Rotation(2))  # no whole number of pages
     with pytest.raises(RuntimeError, match="differs from torch SDPA"):
         sides.same("it", cache.q[0], cache.q[1])
     with pytest.raises(RuntimeError, match="differs from torch SDPA"):
@@ -91,10 +80,11 @@ def test_bytes_are_those_that_must_be_read() -> None:
     assert Point(shape, 8192, 8).dense_bytes(dtype) == 8 * 8192 * 4096
     assert Point(shape, 8192, 8, shared=True).dense_bytes(dtype) == (8192 + 7 * 16) * 4096
     cache = sides.filled(Point(TINY["7b"], 256), 2, torch.float32)
-    side = sides.QuestStep(cache, 64, "max").side(Rotation(2))
-    assert side.moved == (15 * 1024, 0, 64 * 1024)
+    whole, pieces = sides.QuestStep(cache, 64, "max").sides(Rotation(2))
+    assert pieces.moved == (15 * 1024, 0, 64 * 1024)
+    assert whole.moved == (79 * 1024,)
     three = sides.filled(Point(TINY["8b"], 256, 3, shared=True), 2, torch.float32)
-    union = sides.QuestStep(three, 64, "per_query").side(Rotation(2)).moved[2]
+    union = sides.QuestStep(three, 64, "per_query").sides(Rotation(2))[1].moved[2]
     assert 64 * 256 < union <= 256 * 256 + 2 * 16 * 256
 
 
@@ -151,6 +141,7 @@ def test_a_buffer_returns_only_after_other_memory() -> None:
         (["--context", "1000"], "--context=1000: expected a multiple of 16 above it"),
         (["--budget", "8"], "--budget=8: expected a multiple of 16 above it"),
         (["--rows", "-1"], "--rows=-1: expected positive numbers"),
+        (["--device", "tpu"], "--device=tpu is unknown; choose one of cpu, cuda"),
         (["--threads", "0"], "--threads=0: expected positive numbers"),
         (["--dtype", "float16"], "--dtype=float16 is unknown; choose one of bfloat16, float32"),
         (["--lists", "min"], "--lists=min is unknown; choose one of per_query, max, mean"),
@@ -171,10 +162,10 @@ def test_wrong_options_are_one_line(
 
 
 def test_the_default_grid_fits_and_holds_the_figures() -> None:
-    plan = attention.planned(_options([]), 32 << 20)
+    plan = planned(options([]), CPU)
     everything = (*plan.points, *plan.sharing)
     assert max(plan.memory(point) for point in everything) < 10e9
-    quick = attention.planned(_options(["--quick"]), 32 << 20)
+    quick = planned(options(["--quick"]), CPU)
     assert [str(point) for point in (*quick.points, *quick.sharing)] == [
         "7b at 32768 tokens",
         "8b at 32768 tokens",
@@ -183,12 +174,6 @@ def test_the_default_grid_fits_and_holds_the_figures() -> None:
     ]
     assert {str(point) for point in everything} > {str(point) for point in quick.points}
     assert sum(point.rows == 8 for point in plan.points) == 4
-
-
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    attention.add_arguments(parser)
-    return parser.parse_args(arguments)
 
 
 def test_the_last_level_cache_is_read_or_said_to_be_assumed() -> None:

@@ -21,17 +21,18 @@ DOORS = {
     "hydra": ("sweep", "compose", "mistakes"),
     "omegaconf": ("sweep", "compose", "mistakes"),
     "sqlite3": ("ledger",),
+    "flashinfer": ("on_flashinfer",),
     "rich": ("progress", "closing", "launch", "bench/"),
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
     ("suggest", "folders", "spec", "plan", "cluster"),
     ("_cpu", "_cuda", "backend", "arguments", "reference", "reference_prefill"),
-    ("on_cpu", "on_cuda", "faults", "ops", "prefill"),
+    ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
     ("tasks/", "ledger", "cost", "stats"),
     ("pool", "batch", "methods/", "bundled", "table"),
     ("attention", "models", "overview", "projection"),
-    ("engine", "figures/", "mlflow_store", "tracker", "provenance"),
+    ("engine", "latency", "figures/", "mlflow_store", "tracker", "provenance"),
     ("worker", "prepare"),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),
     ("launch", "compose", "mistakes"),

@@ -148,6 +148,7 @@ def test_workers_share_cpus_and_stay_within_memory(monkeypatch: pytest.MonkeyPat
     assert cluster.fit(Cluster(workers=2, cpus_per_worker=3), 1) == Workers(2, 3, 0.0)
     assert cluster.fit(Cluster(backend="inline"), 1) == Workers(1, 8, 0.0)
     monkeypatch.setattr(cluster, "available_gpus", lambda: 2)
+    monkeypatch.setattr(cluster, "lacking_for_gpus", lambda: "")
     assert cluster.fit(Cluster(gpus_per_worker=1), 1) == Workers(2, 4, 1.0)
     assert cluster.fit(Cluster(gpus_per_worker=0.25), 1).count == 8
 

@@ -116,6 +116,11 @@ def test_the_paper_profile_means_other_models_data_and_budgets() -> None:
             r"quest.gqaa: no such setting; did you mean 'gqa'",
         ),
         (["+sweep=smoke", "method.quest.gqa=maxx"], r"gqa='maxx'"),
+        (["+sweep=smoke", "device=cuda"], r"setting 'device'; did you mean 'cluster.device'"),
+        (
+            ["+sweep=smoke", "model.smollm2.dtype=float16"],
+            r"model.smollm2.dtype='float16' runs on a GPU only: set cluster.device=cuda",
+        ),
         (["+sweep=smoke", "+gird.x=1"], r"unknown setting 'gird'; did you mean 'grid'"),
         (["+sweep=smoke", "+cluster.adress=auto"], r"cluster.adress'; did you mean 'address'"),
         (["+sweep=smoke", "grid.budget=[0]"], r"grid.budget: .* at least 1, got 0"),

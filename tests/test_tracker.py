@@ -24,7 +24,9 @@ GRID: dict[str, Any] = {
     "methods": ("full", "quest"),
     "budgets": (256, 512),
 }
-SWEEP = Sweep("longbench", "python -m quest_dist.sweep +sweep=longbench", "name: longbench\n")
+SWEEP = Sweep(
+    "longbench", "python -m quest_dist.sweep +sweep=longbench", "name: longbench\n", device="cpu"
+)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +105,7 @@ def test_curves_at_the_top_points_below_and_one_sweep(folder: Path, ledger: Ledg
     assert point.data.params["method.radius_scale"] == "1"
     assert point.data.tags["quest.point"] == row.point
     assert point.data.tags["quest.data"] == "generated"
+    assert [run.data.tags.get("quest.device") for run in runs].count("cpu") == 1
     assert point.info.status == "FINISHED"
     assert point.info.end_time == round(row.finished_at * 1000)
     (read,) = point.inputs.dataset_inputs

@@ -9,7 +9,7 @@ import torch
 from cache_harness import method_spec
 from tiny_models import save_byte_model
 
-from quest_dist import ledger, worker
+from quest_dist import ledger, models, worker
 from quest_dist.plan import Point, Spec, Unit
 
 RUNTIME = worker.Runtime(threads=1, gpus=0.0).to_dict()
@@ -78,6 +78,39 @@ def test_the_model_stays_loaded_between_units(model: Spec) -> None:
     (before,) = worker._loaded.values()
     records(unit(model, method_spec("quest")))
     assert [*worker._loaded.values()] == [before]
+
+
+def test_a_worker_with_a_gpu_computes_there(model: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refusing(name: str) -> torch.device:
+        asked.append(name)
+        raise ValueError("no such place")
+
+    monkeypatch.setattr(models, "place", refusing)
+    for gpus in (0.0, 0.5, 1.0):
+        worker._loaded.clear()
+        with pytest.raises(ValueError, match="no such place"):
+            list(worker.run(unit(model, method_spec("full")).to_dict(), {"gpus": gpus}))
+    assert asked == ["cpu", "cuda", "cuda"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_records_of_the_cpu(model: Spec) -> None:
+    work = unit(model, method_spec("full"), method_spec("quest"))
+    found = [
+        [
+            record
+            for report in worker.run(work.to_dict(), {"gpus": gpus})
+            for record in report["records"]
+        ]
+        for gpus in (1.0, 0.0)
+    ]
+    for there, here in zip(*found, strict=True):
+        assert there["error"] is None
+        for fact in ("point", "sample", "prediction", "attended", "context_tokens"):
+            assert there[fact] == here[fact]
 
 
 def test_a_method_that_breaks_leaves_the_others_alone(model: Spec) -> None:

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from quest_dist.models import LoadedModel
+from quest_dist.models import LoadedModel, place
 from quest_dist.tasks.prompt import Language
 
 SIZES = {
@@ -57,7 +57,9 @@ def tiny(
     return model.to(dtype).eval()
 
 
-def tiny_loaded(kind: str = "llama", eos: int | None = None, **changes: object) -> LoadedModel:
+def tiny_loaded(
+    kind: str = "llama", eos: int | None = None, device: str = "cpu", **changes: object
+) -> LoadedModel:
     """A tiny model with a tokenizer of as many words, w0 w1 w2 ..."""
     words = {f"w{number}": number for number in range(SIZES["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(
@@ -70,7 +72,8 @@ def tiny_loaded(kind: str = "llama", eos: int | None = None, **changes: object) 
         max_length=512,
         eos_ids=frozenset() if eos is None else frozenset({eos}),
     )
-    return LoadedModel(tiny(kind, **changes), tokenizer, language, torch.device("cpu"))
+    placed = place(device)
+    return LoadedModel(tiny(kind, **changes).to(placed), tokenizer, language, placed)
 
 
 def save_byte_model(folder: Path) -> None:

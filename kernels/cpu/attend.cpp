@@ -20,9 +20,6 @@ namespace {
 
 constexpr int64_t kSplit = 1024;
 constexpr int64_t kRowsOfTask = 64;
-// Of the 2 * kBlock rows of keys and values that come next, those asked for beside the keys: about
-// their share of the arithmetic.
-constexpr int kKeysShare = 11;
 static_assert(kSplit % kBlock == 0, "a split holds whole blocks");
 
 struct Job {
@@ -67,8 +64,8 @@ void attend_block(const Job& job, const Isa& isa, const Block& block, int64_t ro
       job.sum + (from * job.splits + split) * p.dim,
       r.probabilities == nullptr ? nullptr : r.probabilities + from * r.probability_width + first,
       r.probability_width,
-      {static_cast<const char*>(p.kv) + next_kv_head * 2 * p.page_size * p.dim * bytes,
-       p.page_size * p.dim * bytes, p.dim * bytes, next.key, fetch ? 0 : 2 * kBlock, kKeysShare}};
+      static_cast<const char*>(p.kv) + next_kv_head * 2 * p.page_size * p.dim * bytes,
+      fetch ? next.key : nullptr};
   isa.attend_block[static_cast<int>(p.dtype)](one);
 }
 
@@ -142,6 +139,8 @@ void merge(const Job& job, int64_t row, int64_t head) {
     total += weight * job.total[at * job.splits + s];
     for (int64_t d = 0; d < p.dim; ++d) out[d] += weight * sum[d];
   }
+  const auto settle = current_isa().settle[static_cast<int>(p.dtype)];
+  if (settle != nullptr) settle(out, p.dim);
   const float inverse = 1.0f / total;
   for (int64_t d = 0; d < p.dim; ++d) out[d] *= inverse;
   narrow_from(out, job.result.out, p.dtype, at * p.dim, p.dim);

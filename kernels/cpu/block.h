@@ -10,12 +10,15 @@ using quest::cpu::AttendBlock;
 
 constexpr int kHeads = 8;  // that share one look at the keys
 
-inline void fetch(Ahead& ahead, int upto) {
-  for (; ahead.fetched < upto; ++ahead.fetched) {
-    const char* row = ahead.keys + ahead.rows[ahead.fetched % kBlock] * ahead.bytes +
-                      (ahead.fetched < kBlock ? 0 : ahead.values);
-    for (int64_t b = 0; b < ahead.bytes; b += 64) __builtin_prefetch(row + b);
-  }
+// Of the rows that come next, those asked for beside the keys: their share of the arithmetic.
+constexpr int kKeysShare = 11;
+
+// The share of step `step` of `steps` of rows [from, to).
+__attribute__((always_inline)) inline void ask_share(const Ahead& ahead, int from, int to, int step,
+                                                     int steps) {
+  if (ahead.rows == nullptr) return;
+  const int end = from + (to - from) * (step + 1) / steps;
+  for (int i = from + (to - from) * step / steps; i < end; ++i) ask(ahead.rows[i], ahead.bytes);
 }
 
 // sum[h, columns] += p * rows for H heads and C vectors of columns, tokens in order.
@@ -102,11 +105,11 @@ inline void soften(const AttendBlock& b, int64_t first, int heads, float* score)
 // Keys without a unit of their own: the queries are widened first.
 template <typename T>
 void keys_widened(const void* q, int64_t heads, int64_t dim, const void* base, const int64_t* rows,
-                  int64_t count, float scale, float* out, int64_t stride, Ahead& ahead) {
-  fetch(ahead, ahead.share);
+                  int64_t count, float scale, float* out, int64_t stride, const Ahead& ahead) {
   const T* from = static_cast<const T*>(q);
   float wide[2 * kMaxDim];  // page scores multiply twice the width
   for (int64_t h = 0; h < heads; ++h) {
+    ask_share(ahead, 0, kKeysShare, static_cast<int>(h), static_cast<int>(heads));
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) store(wide + d, load(from + h * dim + d));
     if (d < dim) {
@@ -120,15 +123,15 @@ void keys_widened(const void* q, int64_t heads, int64_t dim, const void* base, c
 template <>
 void keys_widened<float>(const void* q, int64_t heads, int64_t dim, const void* base,
                          const int64_t* rows, int64_t count, float scale, float* out,
-                         int64_t stride, Ahead& ahead) {
-  fetch(ahead, ahead.share);
+                         int64_t stride, const Ahead& ahead) {
+  ask_share(ahead, 0, kKeysShare, 0, 1);
   dot<float>(static_cast<const float*>(q), heads, dim, base, rows, count, scale, out, stride);
 }
 
 template <typename T>
 void weigh(const float* p, int heads, int64_t dim, const T* const* row, int n, float* sum,
-           int64_t pitch, Ahead& ahead) {
-  fetch(ahead, 2 * kBlock);
+           int64_t pitch, const Ahead& ahead) {
+  ask_share(ahead, kKeysShare, 2 * kBlock, 0, 1);
   for (int h = 0; h < heads;) {
     const float* weight = p + h * kBlock;
     float* total = sum + h * pitch;
@@ -151,7 +154,7 @@ void weigh(const float* p, int heads, int64_t dim, const T* const* row, int n, f
 
 template <typename T>
 using Weigh = void (*)(const float* p, int heads, int64_t dim, const T* const* row, int n,
-                       float* sum, int64_t pitch, Ahead& ahead);
+                       float* sum, int64_t pitch, const Ahead& ahead);
 
 template <typename T, quest::cpu::Keys keys, Weigh<T> weigh>
 void attend_block(const AttendBlock& b) {
@@ -160,7 +163,13 @@ void attend_block(const AttendBlock& b) {
   const T* values = static_cast<const T*>(b.base) + b.values * b.dim;
   for (int i = 0; i < b.n; ++i) row[i] = values + b.rows[i] * b.dim;
   const int64_t pitch = b.stride * b.dim;
-  Ahead ahead = b.ahead;
+  const char* next[2 * kBlock];
+  const int64_t bytes = b.dim * static_cast<int64_t>(sizeof(T));
+  for (int i = 0; b.next_rows != nullptr && i < kBlock; ++i) {
+    next[i] = static_cast<const char*>(b.next_base) + b.next_rows[i] * bytes;
+    next[kBlock + i] = next[i] + b.values * bytes;
+  }
+  Ahead ahead{b.next_rows != nullptr ? next : nullptr, bytes};
   for (int64_t first = 0; first < b.heads; first += kHeads) {
     const int heads = b.heads - first < kHeads ? static_cast<int>(b.heads - first) : kHeads;
     const int64_t skip = first * b.dim;
@@ -178,6 +187,7 @@ void attend_block(const AttendBlock& b) {
     }
     soften(b, first, heads, score);
     weigh(score, heads, b.dim, row, b.n, b.sum + first * pitch, pitch, ahead);
+    ahead.rows = nullptr;
   }
 }
 

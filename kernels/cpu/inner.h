@@ -8,6 +8,12 @@ namespace {
 using quest::cpu::kBlock;
 using quest::cpu::kMaxDim;
 
+// Asks for memory that will be read soon. Always inline: gcc takes a function that only prefetches
+// for one that does nothing, and drops calls of it.
+__attribute__((always_inline)) inline void ask(const void* from, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b);
+}
+
 // exp(x) for x <= 0: Cody-Waite reduction and a degree 6 polynomial, relative error below 2e-7;
 // 0 below the smallest normal. NaN stays NaN.
 inline Vec exp_negative(Vec x) {
@@ -50,6 +56,46 @@ void dot(const float* q, int64_t heads, int64_t dim, const void* base, const int
       store_part(out + h * stride + first, mul(set1(scale), reduce(sum)), n);
     }
   }
+}
+
+// How the rows of a page's metadata meet their weights: multiply(row)(weight) gives a product whose
+// lanes are still to be summed.
+template <typename W, typename T, typename Multiply>
+inline void page_rows(const W* weight, int64_t heads, int64_t group, int64_t dim, const T* row,
+                      const T* next, float* out, Multiply multiply) {
+  Vec sum[kLanes];
+  int filled = 0;
+  for (int64_t h = 0; h < heads; h += group, row += dim) {
+    if (next != nullptr) ask(next + h / group * dim, dim * static_cast<int64_t>(sizeof(T)));
+    const auto by = multiply(row);
+    for (int64_t g = 0; g < group; ++g, weight += dim) {
+      sum[filled] = by(weight);
+      if (++filled < kLanes) continue;
+      store(out, reduce(sum));
+      out += kLanes;
+      filled = 0;
+    }
+  }
+  for (int i = filled; i < kLanes; ++i) sum[i] = set1(0.0f);
+  if (filled > 0) store_part(out, reduce(sum), filled);
+}
+
+template <typename T>
+void page_dots(const void* weights, int64_t heads, int64_t group, int64_t dim, const void* rows,
+               const void* next, float* out) {
+  page_rows(static_cast<const float*>(weights), heads, group, dim, static_cast<const T*>(rows),
+            static_cast<const T*>(next), out, [dim](const T* row) {
+              return [dim, row](const float* weight) {
+                Vec sum = set1(0.0f);
+                int64_t d = 0;
+                for (; d + kLanes <= dim; d += kLanes) {
+                  sum = fma(load(weight + d), load(row + d), sum);
+                }
+                if (d == dim) return sum;
+                const int rest = static_cast<int>(dim - d);
+                return fma(load_part(weight + d, rest), load_part(row + d, rest), sum);
+              };
+            });
 }
 
 inline void narrow_to(float* out, Vec x, int n) { store_part(out, x, n); }

@@ -17,25 +17,23 @@ namespace cpu {
 // Tokens of a block of attend.
 constexpr int kBlock = 16;
 
-// out[h * stride + i] = scale * <q[h], base[rows[i]]>; q is [heads, dim] fp32, a row is dim wide.
-using Dot = void (*)(const float* q, int64_t heads, int64_t dim, const void* base,
-                     const int64_t* rows, int64_t count, float scale, float* out, int64_t stride);
+// out[j] = <weights[j], rows[j / group]> for `heads` weights: those of one page's metadata, whose
+// rows lie one after another, as do those at `next`, which are read next (or nullptr).
+using PageDots = void (*)(const void* weights, int64_t heads, int64_t group, int64_t dim,
+                          const void* rows, const void* next, float* out);
 
-// What will be read next: the keys, then the values, of a block's rows. They are asked for a row at
-// a time, spread evenly over the arithmetic, since a processor follows few lines at once and stalls
-// on more.
+// What is read next, the 2 * kBlock rows of a block's keys and values. They are asked for row by
+// row, spread evenly over the arithmetic: a processor follows few lines at once and stalls on more.
 struct Ahead {
-  const char* keys = nullptr;
-  int64_t values = 0, bytes = 0;  // of a row of values behind its key; in a row
-  const int64_t* rows = nullptr;
-  int fetched = 2 * kBlock;  // rows asked for so far
-  int share = 0;             // rows to ask for while keys are multiplied
+  const char* const* rows = nullptr;  // nullptr: nothing to ask for
+  int64_t bytes = 0;                  // of a row
 };
 
-// As Dot, for queries of the keys' own dtype: their product may use that dtype's units.
+// out[h * stride + i] = scale * <q[h], base[rows[i]]>; q is [heads, dim] in the dtype of the keys,
+// a row is dim wide.
 using Keys = void (*)(const void* q, int64_t heads, int64_t dim, const void* base,
                       const int64_t* rows, int64_t count, float scale, float* out, int64_t stride,
-                      Ahead& ahead);
+                      const Ahead& ahead);
 
 // maximum and minimum, each dim wide, over count contiguous rows.
 using Extremes = void (*)(const void* base, int64_t count, int64_t dim, void* maximum,
@@ -54,10 +52,11 @@ struct AttendBlock {
   float scale;
   int64_t stride;          // of the state, in heads
   float *maximum, *total;  // of the scores so far; of their exponentials
-  float* sum;              // [heads, dim]: values weighed by the exponentials
+  float* sum;              // [heads, dim]: values weighed by the exponentials; see settle
   float* raw;              // scaled scores, or nullptr
   int64_t raw_stride;
-  Ahead ahead;
+  const void* next_base;     // of the block that is read next
+  const int64_t* next_rows;  // its kBlock rows, or nullptr
 };
 
 // One block of queries of one (row, head) of prefill_attend, bf16; see prefill.cpp for the packing.
@@ -75,9 +74,12 @@ struct Isa {
   const char* name;
   // Indexed by DType.
   Keys keys[2];
-  Dot dot[2];
+  PageDots page_dots[2];  // weights are fp32
+  PageDots page_pairs;    // of bf16 with weights in bf16; nullptr where there are no units for it
   Extremes extremes[2];
   void (*attend_block[2])(const AttendBlock& block);
+  // Puts the channels of a sum of attend_block in order; nullptr where they are.
+  void (*settle[2])(float* sum, int64_t dim);
   // x[i] = exp(x[i] - maximum) * inverse in place.
   void (*probabilities)(float* x, int64_t count, float maximum, float inverse);
   // The positions of the `keep` largest scores, ascending; of equal ones the highest positions.

@@ -11,10 +11,12 @@ extern const Isa kAvx2;
 const Isa kAvx2 = {
     "avx2",
     {keys_widened<float>, keys_widened<uint16_t>},
-    {dot<float>, dot<uint16_t>},
+    {page_dots<float>, page_dots<uint16_t>},
+    nullptr,
     {extremes<float>, extremes<uint16_t>},
     {attend_block<float, keys_widened<float>, weigh<float>>,
      attend_block<uint16_t, keys_widened<uint16_t>, weigh<uint16_t>>},
+    {nullptr, nullptr},
     probabilities,
     nullptr,
     nullptr,

@@ -12,10 +12,12 @@ extern const Isa kAvx512;
 const Isa kAvx512 = {
     "avx512",
     {keys_widened<float>, keys_widened<uint16_t>},
-    {dot<float>, dot<uint16_t>},
+    {page_dots<float>, page_dots<uint16_t>},
+    nullptr,
     {extremes<float>, extremes<uint16_t>},
     {attend_block<float, keys_widened<float>, weigh<float>>,
      attend_block<uint16_t, keys_widened<uint16_t>, weigh<uint16_t>>},
+    {nullptr, nullptr},
     probabilities,
     largest,
     nullptr,

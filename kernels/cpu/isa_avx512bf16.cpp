@@ -15,10 +15,12 @@ extern const Isa kAvx512Bf16;
 const Isa kAvx512Bf16 = {
     "avx512bf16",
     {keys_widened<float>, keys_pairs},
-    {dot<float>, dot<uint16_t>},
+    {page_dots<float>, page_dots<uint16_t>},
+    page_pairs,
     {extremes<float>, extremes<uint16_t>},
     {attend_block<float, keys_widened<float>, weigh<float>>,
      attend_block<uint16_t, keys_pairs, weigh_pairs>},
+    {nullptr, settle_pairs},
     probabilities,
     largest,
     prefill,

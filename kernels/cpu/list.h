@@ -27,8 +27,9 @@ class List {
     index_ = selection.index + at * selection.width;
     pages_ = selection.unit == Unit::kPages;
     const int64_t last = (length_ - 1) / p_->page_size, count = selection.count[at];
-    short_ = !pages_ ? 0 : std::find(index_, index_ + count, last) - index_;
+    if (!pages_) return;
     missing_ = (last + 1) * p_->page_size - length_;
+    behind_ = (std::find(index_, index_ + count, last) - index_ + 1) * p_->page_size - missing_;
   }
 
   int64_t tokens() const { return tokens_; }
@@ -37,27 +38,27 @@ class List {
   void locate(int64_t first, int64_t last, Block& block) const {
     block.n = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(last - first, kBlock)));
     const int64_t size = p_->page_size;
-    int64_t seen = -1, base = 0;
-    for (int i = 0; i < block.n; ++i) {
+    for (int i = 0; i < block.n;) {
       const int64_t position = first + i;
-      int64_t page, slot;
-      if (all() || !pages_) {
-        const int64_t token = all() ? position : index_[position];
-        page = token / size;
-        slot = token % size;
+      int64_t page, slot, run = 1;  // of the tokens that follow in the same page
+      if (all()) {
+        page = position / size;
+        slot = position % size;
+        run = size - slot;
+      } else if (!pages_) {
+        page = index_[position] / size;
+        slot = index_[position] % size;
       } else {
         // Pages are whole but for the row's last one, which may stand anywhere in the list: behind
         // it everything has moved forward.
-        const bool behind = position >= (short_ + 1) * size - missing_;
-        const int64_t whole = position + (behind ? missing_ : 0);
+        const int64_t whole = position >= behind_ ? position + missing_ : position;
         page = index_[whole / size];
         slot = whole % size;
+        run = position < behind_ ? std::min(size - slot, behind_ - position) : size - slot;
       }
-      if (page != seen) {
-        seen = page;
-        base = key_row(*p_, physical(*p_, "attend", row_, page), 0);
-      }
-      block.key[i] = base + slot;
+      const int64_t base = key_row(*p_, physical(*p_, "attend", row_, page), 0) + slot;
+      const int end = static_cast<int>(std::min<int64_t>(i + run, block.n));
+      for (int64_t key = base; i < end; ++i, ++key) block.key[i] = key;
     }
     // What follows a short block is read ahead, never attended to.
     for (int i = block.n; i < kBlock; ++i) block.key[i] = i > 0 ? block.key[i - 1] : 0;
@@ -67,7 +68,8 @@ class List {
   const Pages* p_ = nullptr;
   const int32_t* index_ = nullptr;
   int64_t row_ = 0, length_ = 0, tokens_ = 0;
-  int64_t short_ = 0, missing_ = 0;  // where the list names the row's last page, and its free slots
+  // The first token behind the row's last page, where the list names that, and its free slots.
+  int64_t behind_ = 0, missing_ = 0;
   bool pages_ = false;
 };
 

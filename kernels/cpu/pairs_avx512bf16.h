@@ -40,15 +40,13 @@ inline bool adjacent(const uint16_t* const* row, int n, int64_t dim) {
 
 template <typename Rows>
 inline void keys_block(const uint16_t* query, int64_t heads, int64_t dim, Rows row, int n,
-                       float scale, float* out, int64_t stride, Ahead& ahead) {
-  const int64_t steps = heads * (dim / kPairs);
-  int64_t step = 0;
+                       float scale, float* out, int64_t stride, const Ahead& ahead) {
   for (int64_t h = 0; h < heads; ++h) {
+    ask_share(ahead, 0, kKeysShare, static_cast<int>(h), static_cast<int>(heads));
     Vec sum[kLanes];
     for (int i = 0; i < kLanes; ++i) sum[i] = set1(0.0f);
     int64_t d = 0;
     for (; d + kPairs <= dim; d += kPairs) {
-      fetch(ahead, static_cast<int>(++step * ahead.share / steps));
       const __m512bh weight = pairs(query + h * dim + d);
       for (int i = 0; i < kLanes; ++i) {
         sum[i] = _mm512_dpbf16_ps(sum[i], weight, pairs(row(i) + d));
@@ -69,14 +67,14 @@ inline void keys_block(const uint16_t* query, int64_t heads, int64_t dim, Rows r
 // memory, which the processor's prefetcher follows.
 template <int H, int V, typename Rows>
 inline void keys_rows(const uint16_t* query, Rows row, int n, float scale, float* out,
-                      int64_t stride, Ahead& ahead) {
+                      int64_t stride, const Ahead& ahead, int from, int to) {
   __m512bh weight[H][V];
   for (int h = 0; h < H; ++h) {
     for (int v = 0; v < V; ++v) weight[h][v] = pairs(query + (h * V + v) * kPairs);
   }
   Vec part[H][kBlock];
   for (int i = 0; i < n; ++i) {
-    fetch(ahead, (i + 1) * ahead.share / kBlock);
+    ask_share(ahead, from, to, i, kBlock);
     __m512bh key[V];
     for (int v = 0; v < V; ++v) key[v] = pairs(row(i) + v * kPairs);
     for (int h = 0; h < H; ++h) {
@@ -93,26 +91,26 @@ inline void keys_rows(const uint16_t* query, Rows row, int n, float scale, float
 
 template <int V, typename Rows>
 inline void keys_some(const uint16_t* query, int64_t heads, Rows row, int n, float scale,
-                      float* out, int64_t stride, Ahead& ahead) {
+                      float* out, int64_t stride, const Ahead& ahead) {
   for (int64_t h = 0; h < heads;) {
     const uint16_t* q = query + h * V * kPairs;
     float* to = out + h * stride;
-    const int64_t left = heads - h;
-    if (left >= 4) {
-      keys_rows<4, V>(q, row, n, scale, to, stride, ahead);
-      h += 4;
-    } else if (left >= 2) {
-      keys_rows<2, V>(q, row, n, scale, to, stride, ahead);
-      h += 2;
+    const int64_t left = heads - h, some = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const int asked = static_cast<int>(kKeysShare * h / heads);
+    const int until = static_cast<int>(kKeysShare * (h + some) / heads);
+    if (some == 4) {
+      keys_rows<4, V>(q, row, n, scale, to, stride, ahead, asked, until);
+    } else if (some == 2) {
+      keys_rows<2, V>(q, row, n, scale, to, stride, ahead, asked, until);
     } else {
-      keys_rows<1, V>(q, row, n, scale, to, stride, ahead);
-      h += 1;
+      keys_rows<1, V>(q, row, n, scale, to, stride, ahead, asked, until);
     }
+    h += some;
   }
 }
 
 void keys_pairs(const void* q, int64_t heads, int64_t dim, const void* base, const int64_t* rows,
-                int64_t count, float scale, float* out, int64_t stride, Ahead& ahead) {
+                int64_t count, float scale, float* out, int64_t stride, const Ahead& ahead) {
   const uint16_t* data = static_cast<const uint16_t*>(base);
   const uint16_t* query = static_cast<const uint16_t*>(q);
   for (int64_t first = 0; first < count; first += kBlock) {
@@ -130,61 +128,105 @@ void keys_pairs(const void* q, int64_t heads, int64_t dim, const void* base, con
   }
 }
 
+// V vectors of 32 channels in registers, for all the weights that they meet.
+template <int V>
+struct MultiplyPairs {
+  __m512bh row[V];
+  explicit MultiplyPairs(const uint16_t* from) {
+    for (int v = 0; v < V; ++v) row[v] = pairs(from + v * kPairs);
+  }
+  Vec operator()(const uint16_t* weight) const {
+    Vec even = set1(0.0f), odd = set1(0.0f);
+    for (int v = 0; v < V; v += 2) {
+      even = _mm512_dpbf16_ps(even, pairs(weight + v * kPairs), row[v]);
+      odd = _mm512_dpbf16_ps(odd, pairs(weight + (v + 1) * kPairs), row[v + 1]);
+    }
+    return add(even, odd);
+  }
+};
+
+void page_pairs(const void* weights, int64_t heads, int64_t group, int64_t dim, const void* rows,
+                const void* next, float* out) {
+  const auto by = [&](auto multiply) {
+    page_rows(static_cast<const uint16_t*>(weights), heads, group, dim,
+              static_cast<const uint16_t*>(rows), static_cast<const uint16_t*>(next), out,
+              multiply);
+  };
+  if (dim == 256) {
+    by([](const uint16_t* row) { return MultiplyPairs<8>(row); });
+  } else if (dim == 128) {
+    by([](const uint16_t* row) { return MultiplyPairs<4>(row); });
+  } else {
+    by([dim](const uint16_t* row) {
+      return [dim, row](const uint16_t* weight) {
+        Vec sum = set1(0.0f);
+        int64_t d = 0;
+        for (; d + kPairs <= dim; d += kPairs) {
+          sum = _mm512_dpbf16_ps(sum, pairs(weight + d), pairs(row + d));
+        }
+        if (d == dim) return sum;
+        const int rest = static_cast<int>(dim - d);
+        return _mm512_dpbf16_ps(sum, pairs_part(weight + d, rest), pairs_part(row + d, rest));
+      };
+    });
+  }
+}
+
 // Channels [d, d + 32 C) of H heads, tokens in pairs. An odd last token is paired with itself at
-// weight 0.
+// weight 0. Unpacking works on quarters of a vector, so that of 32 channels the first 16 sums are
+// those of channels 0-3 of each eight, and the others those of channels 4-7: see settle_pairs.
 template <int H, int C, typename Rows>
 inline void weigh_channels(const uint32_t* weight, Rows row, int64_t d, int n, float* sum,
-                           int64_t pitch, Ahead& ahead, int from, int to) {
-  const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  const __m512i even = _mm512_set_epi32(27, 26, 25, 24, 19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
-  // Unpacking works on quarters of a vector: a gets channels 0-3 of each eight, b channels 4-7.
-  Vec a[H][C], b[H][C];
+                           int64_t pitch, const Ahead& ahead, int from, int to) {
+  Vec total[H][2 * C];
   for (int h = 0; h < H; ++h) {
-    for (int c = 0; c < C; ++c) {
-      const float* old = sum + h * pitch + d + c * 32;
-      a[h][c] = _mm512_permutex2var_ps(load(old), even, load(old + 16));
-      b[h][c] = _mm512_permutex2var_ps(load(old), odd, load(old + 16));
-    }
+    for (int c = 0; c < 2 * C; ++c) total[h][c] = load(sum + h * pitch + d + c * kLanes);
   }
   for (int i = 0; i < n; i += 2) {
     const uint16_t *one = row(i) + d, *two = row(i + 1 < n ? i + 1 : i) + d;
-    fetch(ahead, from + (i + 2) * (to - from) / kBlock);
-    __m512bh first[C], second[C];
+    ask_share(ahead, from, to, i / 2, kBlock / 2);
+    __m512bh value[2 * C];
     for (int c = 0; c < C; ++c) {
       const __m512i x = _mm512_loadu_si512(one + c * 32), y = _mm512_loadu_si512(two + c * 32);
-      first[c] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(x, y));
-      second[c] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(x, y));
+      value[2 * c] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(x, y));
+      value[2 * c + 1] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(x, y));
     }
     for (int h = 0; h < H; ++h) {
       const __m512bh p = reinterpret_cast<__m512bh>(
           _mm512_set1_epi32(static_cast<int>(weight[h * kBlock / 2 + i / 2])));
-      for (int c = 0; c < C; ++c) {
-        a[h][c] = _mm512_dpbf16_ps(a[h][c], p, first[c]);
-        b[h][c] = _mm512_dpbf16_ps(b[h][c], p, second[c]);
-      }
+      for (int c = 0; c < 2 * C; ++c) total[h][c] = _mm512_dpbf16_ps(total[h][c], p, value[c]);
     }
   }
   for (int h = 0; h < H; ++h) {
-    for (int c = 0; c < C; ++c) {
-      float* into = sum + h * pitch + d + c * 32;
-      store(into, _mm512_permutex2var_ps(a[h][c], low, b[h][c]));
-      store(into + 16, _mm512_permutex2var_ps(a[h][c], high, b[h][c]));
-    }
+    for (int c = 0; c < 2 * C; ++c) store(sum + h * pitch + d + c * kLanes, total[h][c]);
   }
 }
 
+void settle_pairs(float* sum, int64_t dim) {
+  const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t d = 0; d + 32 <= dim; d += 32) {
+    const Vec a = load(sum + d), b = load(sum + d + kLanes);
+    store(sum + d, _mm512_permutex2var_ps(a, low, b));
+    store(sum + d + kLanes, _mm512_permutex2var_ps(a, high, b));
+  }
+}
+
+// Meanwhile rows [from, to) of what comes next are asked for.
 template <int H, typename Rows>
 inline void weigh_some(const uint32_t* weight, int64_t dim, Rows row, int n, float* sum,
-                       int64_t pitch, Ahead& ahead, int from, int to) {
-  constexpr int kWide = 4;
+                       int64_t pitch, const Ahead& ahead, int from, int to) {
+  constexpr int kWide = H > 2 ? 2 : 4;  // as many sums as registers hold
+  const int steps = static_cast<int>(dim / (32 * kWide));
   int64_t d = 0;
-  for (; d + 32 * kWide <= dim; d += 32 * kWide) {
-    weigh_channels<H, kWide>(weight, row, d, n, sum, pitch, ahead, from, to);
+  for (int step = 0; step < steps; ++step, d += 32 * kWide) {
+    weigh_channels<H, kWide>(weight, row, d, n, sum, pitch, ahead,
+                             from + (to - from) * step / steps,
+                             from + (to - from) * (step + 1) / steps);
   }
-  for (; d + 32 <= dim; d += 32)
-    weigh_channels<H, 1>(weight, row, d, n, sum, pitch, ahead, from, to);
+  for (; d + 32 <= dim; d += 32) {
+    weigh_channels<H, 1>(weight, row, d, n, sum, pitch, Ahead(), 0, 0);
+  }
   if (dim % 32 == 0) return;
   for (; d < dim; ++d) {  // a head dimension that is no multiple of 32
     for (int h = 0; h < H; ++h) {
@@ -204,22 +246,25 @@ inline void weigh_some(const uint32_t* weight, int64_t dim, Rows row, int n, flo
 
 template <typename Rows>
 inline void weigh_rows(const uint32_t* weight, int heads, int64_t dim, Rows row, int n, float* sum,
-                       int64_t pitch, Ahead& ahead) {
-  const int left = 2 * kBlock - ahead.share;
-  for (int h = 0; h < heads; h += 2) {
-    const int from = ahead.share + left * h / heads;
+                       int64_t pitch, const Ahead& ahead) {
+  const auto share = [heads](int h) { return kKeysShare + (2 * kBlock - kKeysShare) * h / heads; };
+  for (int h = 0; h < heads;) {
     const uint32_t* p = weight + h * kBlock / 2;
-    if (h + 1 < heads) {
-      const int to = ahead.share + left * (h + 2) / heads;
-      weigh_some<2>(p, dim, row, n, sum + h * pitch, pitch, ahead, from, to);
+    float* to = sum + h * pitch;
+    const int left = heads - h, some = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    if (some == 4) {
+      weigh_some<4>(p, dim, row, n, to, pitch, ahead, share(h), share(h + some));
+    } else if (some == 2) {
+      weigh_some<2>(p, dim, row, n, to, pitch, ahead, share(h), share(h + some));
     } else {
-      weigh_some<1>(p, dim, row, n, sum + h * pitch, pitch, ahead, from, 2 * kBlock);
+      weigh_some<1>(p, dim, row, n, to, pitch, ahead, share(h), share(h + some));
     }
+    h += some;
   }
 }
 
 void weigh_pairs(const float* p, int heads, int64_t dim, const uint16_t* const* row, int n,
-                 float* sum, int64_t pitch, Ahead& ahead) {
+                 float* sum, int64_t pitch, const Ahead& ahead) {
   alignas(64) uint32_t weight[kHeads * kBlock / 2];
   for (int h = 0; h < heads; ++h) {
     const __m256bh rounded = _mm512_cvtneps_pbh(load(p + h * kBlock));

@@ -1,4 +1,5 @@
-// A pool of threads that share out numbered tasks: spin briefly for the next job, then sleep.
+// Threads that share out numbered tasks: torch's own where it computes with as many (see openmp.h),
+// else a pool of ours, which spins briefly for the next round and then sleeps.
 #pragma once
 
 #include <cstdint>

@@ -8,16 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from quest_dist.ops import Reduce
 
 PAGE_SIZE = 16
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-#: Where the last-level cache's size cannot be read, it is taken to be this.
-UNREADABLE_CACHE = 64 << 20
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -92,22 +89,6 @@ class Point:
     def layer_bytes(self, dtype: torch.dtype) -> int:
         """Memory of one layer's pool: keys, values and metadata."""
         return self.dense_bytes(dtype) + self.pages * self.shape.token_bytes(dtype)
-
-
-def last_level_cache() -> tuple[int, str]:
-    """Bytes of CPU 0's largest data cache as the system tells it, and where that is from."""
-    folder = Path("/sys/devices/system/cpu/cpu0/cache")
-    sizes = []
-    for cache in sorted(folder.glob("index*")):
-        try:
-            kind, text = (cache / "type").read_text().strip(), (cache / "size").read_text().strip()
-        except OSError:
-            continue
-        if kind in ("Data", "Unified"):
-            sizes.append(parsed_size(text))
-    if not sizes or max(sizes) == 0:
-        return UNREADABLE_CACHE, f"assumed: {folder} gives none"
-    return max(sizes), str(folder)
 
 
 def parsed_size(text: str) -> int:

@@ -21,7 +21,7 @@ from quest_dist.methods.quest import pages_to_keep
 #: Tokens of the random block that fills a cache; every repetition has its channels turned by one.
 BLOCK = 2048
 #: Largest difference of two attentions, in units of the largest output.
-TOLERANCE = {torch.bfloat16: 2**-6, torch.float32: 2**-14}
+TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-14}
 
 
 @dataclass(frozen=True)
@@ -41,49 +41,65 @@ class Cache:
         return self.q.shape[0]
 
 
-def filled(point: Point, layers: int, dtype: torch.dtype, seed: int = 0) -> Cache:
-    """A cache of normally distributed keys, values and queries."""
+def filled(
+    point: Point,
+    layers: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Cache:
+    """A cache of normally distributed keys, values and queries, the same on every device."""
     random = torch.Generator().manual_seed(seed)
     shape, rows, context = point.shape, point.rows, point.context
     kv, meta = ops.allocate_pages(
-        layers, point.pages, shape.kv_heads, PAGE_SIZE, shape.head_dim, dtype
+        layers, point.pages, shape.kv_heads, PAGE_SIZE, shape.head_dim, dtype, device
     )
-    order = torch.randperm(point.pages, generator=random).int()
+    order = torch.randperm(point.pages, generator=random).int().to(device)
     if point.shared:
         prefix, own = order[:-rows], order[-rows:, None]
         table = torch.cat((prefix.expand(rows, -1), own), dim=1).contiguous()
     else:
         table = order.view(rows, -1).contiguous()
     size = (1, shape.kv_heads, min(BLOCK, context), shape.head_dim)
-    keys, values = (torch.randn(size, generator=random).to(dtype) for _ in range(2))
+    keys, values = (torch.randn(size, generator=random).to(device, dtype) for _ in range(2))
     filling = table[:1] if point.shared else table
     for turn, start in enumerate(range(0, context, BLOCK)):
         tokens = slice(0, min(BLOCK, context - start))
         k = keys.roll(turn, dims=-1)[:, :, tokens].expand(len(filling), -1, -1, -1)
         v = values[:, :, tokens].expand(len(filling), -1, -1, -1)
-        ops.append(kv[0], meta[0], filling, k, v, _int32([start] * len(filling)))
+        ops.append(kv[0], meta[0], filling, k, v, _int32([start] * len(filling), device))
     if point.shared and rows > 1:
         last = keys[:, :, :PAGE_SIZE].expand(rows - 1, -1, -1, -1)
-        ops.append(kv[0], meta[0], table[1:], last, last, _int32([context - PAGE_SIZE] * rows)[1:])
+        starts = _int32([context - PAGE_SIZE] * (rows - 1), device)
+        ops.append(kv[0], meta[0], table[1:], last, last, starts)
     for layer in range(1, layers):
         kv[layer].copy_(kv[0])
         meta[layer].copy_(meta[0])
-    q = torch.randn(layers, rows, shape.heads, shape.head_dim, generator=random).to(dtype)
-    return Cache(point, kv, meta, table, _int32([context] * rows), q)
+    q = torch.randn(layers, rows, shape.heads, shape.head_dim, generator=random).to(device, dtype)
+    return Cache(point, kv, meta, table, _int32([context] * rows, device), q)
 
 
-def _int32(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def _int32(values: Sequence[int], device: torch.device | str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def read(size: int) -> Side:
-    """The memory's read bandwidth: the maximum of a buffer of at least `size` bytes, all threads.
+def _words(size: int, device: torch.device | str) -> Tensor:
+    """At least so many bytes, from where the pools are from: alike in the system's pages."""
+    pages = -(-size // (2 * 1024 * 4))
+    pool, _ = ops.allocate_pages(1, pages, 1, 16, 64, torch.float32, device)
+    return pool.fill_(1.0).view(torch.int32).view(-1)
 
-    The buffer is from where the pools are from, so its pages in the sense of the system are alike.
-    """
-    pool, _ = ops.allocate_pages(1, -(-size // (2 * 1024 * 4)), 1, 16, 64, torch.float32)
-    buffer = pool.fill_(1.0).view(torch.int32).view(-1)
+
+def read(size: int, device: torch.device | str = "cpu") -> Side:
+    """The memory's read bandwidth: the maximum of a buffer of at least so many bytes."""
+    buffer = _words(size, device)
     return Side("read", {"read": lambda _: buffer.amax()}, (buffer.nbytes,))
+
+
+def copy(size: int, device: torch.device | str) -> Side:
+    """The memory's copy bandwidth: `size` bytes read and as many written."""
+    source, target = (_words(size // 2, device) for _ in range(2))
+    return Side("copy", {"copy": lambda _: target.copy_(source)}, (2 * source.nbytes,))
 
 
 def dense(cache: Cache, rotation: Rotation) -> Side:
@@ -115,14 +131,18 @@ def apart(cache: Cache, rotation: Rotation) -> Side:
 
 
 class QuestStep:
-    """Score, select and attend, each leaving what the next one needs."""
+    """One step of Quest: whole, and as score, select and attend, each leaving what the next needs.
+
+    `pages` is the length of its lists.
+    """
 
     def __init__(self, cache: Cache, budget: int, lists: ops.Reduce) -> None:
         """The cache must hold more tokens than the budget."""
-        point = cache.point
+        point, device = cache.point, cache.q.device
         self.cache, self.lists, self.budget = cache, lists, budget
-        self.items = _int32([point.context // PAGE_SIZE] * point.rows)
-        self.keep = _int32([pages_to_keep(point.context, budget, PAGE_SIZE)] * point.rows)
+        self.pages = pages_to_keep(point.context, budget, PAGE_SIZE)
+        self.items = _int32([point.context // PAGE_SIZE] * point.rows, device)
+        self.keep = _int32([self.pages] * point.rows, device)
 
     def score(self, layer: int) -> None:
         """Every closed page."""
@@ -147,21 +167,36 @@ class QuestStep:
             cache.q[layer], cache.kv[layer], cache.table, cache.lengths, self.index, self.count
         )
 
-    def side(self, rotation: Rotation) -> Side:
-        """All three as one sequence, with the times of its parts."""
+    def whole(self, layer: int) -> ops.Attended:
+        """All of it in one call, without a rotation or a new token."""
+        cache = self.cache
+        place = (cache.kv[layer], cache.meta[layer], cache.table, cache.lengths)
+        return ops.decode(cache.q[layer], *place, self.keep, reduce=self.lists)
+
+    def sides(self, rotation: Rotation) -> list[Side]:
+        """The whole, and the three as one sequence with the times of its parts."""
         self.score(0)
         self.select(0)
         self.attend(0)
         self._check()
+        same(f"{self.cache.point}, quest whole", self.whole(0).out, self.attended.out)
         point, dtype = self.cache.point, self.cache.q.dtype
         steps = {"score": self.score, "select": self.select, "attend": self.attend}
         moved = (point.score_bytes(dtype), 0, self._listed_bytes())
-        return Side(f"quest {self.budget} {self.lists}", steps, moved, rotation)
+        named = f"{self.budget} {self.lists}"
+        return [
+            Side(f"quest {named}", {"quest": self.whole}, (sum(moved),), rotation),
+            Side(f"pieces {named}", steps, moved, rotation),
+        ]
+
+    def listed(self) -> Tensor:
+        """The lists, int32 [R, Hs, pages], of a view."""
+        return self.index[:, :, : self.pages]
 
     def _listed_bytes(self) -> int:
         """Bytes of the distinct (page, kv head) pairs that the lists of all rows name."""
         shape = self.cache.point.shape
-        lists = self.index.view(self.index.shape[0], shape.kv_heads, -1).long()
+        lists = self.listed().reshape(self.cache.point.rows, shape.kv_heads, -1).long()
         pairs = 0
         for head in range(shape.kv_heads):
             pages = self.cache.table.gather(1, lists[:, head])
@@ -174,7 +209,7 @@ class QuestStep:
         if not bool((self.attended.attended == self.budget).all()):
             raise RuntimeError(f"{cache.point}: quest attended to other than {self.budget} tokens")
         for row, head in ((0, 0), (cache.point.rows - 1, shape.heads - 1)):
-            pages = self.index[row, head * self.index.shape[1] // shape.heads].long()
+            pages = self.listed()[row, head * self.index.shape[1] // shape.heads].long()
             k, v = ops.gather(cache.kv[0], cache.table[row, pages][None].contiguous(), self.budget)
             group = head * shape.kv_heads // shape.heads
             expected = scaled_dot_product_attention(

@@ -8,7 +8,8 @@ A ratio of two sides is *paired*: the median over cycles of (median of the one s
 of the other's in the same cycle). Times of one side are the median, p10 and p90 of all its counted
 calls.
 
-A step is over when its function returns, as the ops of a CPU do; the clock stands in `timed` only.
+A step is over when its function returns, as the ops of a CPU do, and the clock stands in `timed`;
+where ops are only launched, `graphs` makes the visits.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ FEWEST_CYCLES, MOST_CYCLES = 5, 60
 UNCOUNTED, COUNTED = 1, 3
 
 Step = Callable[[int], object]
+#: The microseconds of each step of every counted call of one visit to a side.
+Visit = Callable[["Side"], list[tuple[float, ...]]]
 
 
 @dataclass
@@ -100,7 +103,15 @@ def timed(side: Side) -> tuple[float, ...]:
     return tuple((after - before) / 1000 for before, after in itertools.pairwise(marks))
 
 
-def measure(sides: Sequence[Side], seconds: float) -> Times:
+def by_call(side: Side) -> list[tuple[float, ...]]:
+    """Calls one by one, where a step is over when it returns."""
+    time.sleep(SETTLE_SECONDS)
+    for _ in range(side.uncounted):
+        timed(side)
+    return [timed(side) for _ in range(side.counted)]
+
+
+def measure(sides: Sequence[Side], seconds: float, visit: Visit = by_call) -> Times:
     """Cycles for about so many seconds, after one that is not counted."""
     visits: dict[str, list[list[tuple[float, ...]]]] = {side.name: [] for side in sides}
     start = 0.0
@@ -110,10 +121,7 @@ def measure(sides: Sequence[Side], seconds: float) -> Times:
         if cycle > FEWEST_CYCLES and time.perf_counter() - start > seconds:
             break
         for side in sides:
-            time.sleep(SETTLE_SECONDS)
-            for _ in range(side.uncounted):
-                timed(side)
-            calls = [timed(side) for _ in range(side.counted)]
+            calls = visit(side)
             if cycle:
                 visits[side.name].append(calls)
     moved = {side.name: dict(zip(side.steps, side.moved, strict=True)) for side in sides}

@@ -61,7 +61,7 @@ class Evicting(Method):
         return slots.selection()
 
     def _first_slots(self, view: View) -> Slots:
-        slots = Slots(self._lengths, self.lists(view.kv_heads))
+        slots = Slots(self._lengths, self.lists(view.kv_heads), view.lengths.device)
         seen = self._context.get(view.layer)
         if seen:  # nothing where decoding began on an empty cache
             for row, length in enumerate(self._lengths):

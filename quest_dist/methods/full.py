@@ -8,18 +8,23 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quest_dist.methods.method import EVERYTHING, Method, Selection, View
+from quest_dist.methods.method import EVERYTHING, Method, PageRule, Selection, View
 
 
 @dataclass
 class Full(Method):
     """softmax(q K^T / sqrt(d)) V over all tokens; it has no budget."""
 
+    selects_pages: ClassVar[bool] = True
     budgeted: ClassVar[bool] = False
 
     def select(self, view: View, q: Tensor) -> Selection:
         """Everything."""
         return EVERYTHING
+
+    def page_rule(self) -> PageRule:
+        """Everything."""
+        return PageRule()
 
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """All tokens."""

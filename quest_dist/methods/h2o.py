@@ -69,15 +69,16 @@ class H2O(Evicting):
     def context_scores(self, seen: Tensor, length: int) -> Tensor:
         """The sums, or their means over the queries that could see the token."""
         if self.normalise == "per_query_count":
-            return seen / torch.arange(length, 0, -1)
+            return seen / torch.arange(length, 0, -1, device=seen.device)
         return seen
 
     def observe(self, view: View, selection: Selection, probabilities: Tensor) -> None:
         """Accumulate, then evict."""
         slots = self._slots[view.layer]
-        rows, heads, width = probabilities.shape
-        group = heads // view.kv_heads
-        slots.score[:, :, :width] += probabilities.view(rows, view.kv_heads, group, width).sum(2)
+        received = probabilities[:, :, : slots.width]
+        rows, heads, width = received.shape
+        by_group = received.reshape(rows, view.kv_heads, heads // view.kv_heads, width)
+        slots.score[:, :, :width] += by_group.sum(2)
         self.evict(slots, [length - 1 for length in view.lengths_list])
 
     def evict(self, slots: Slots, newest: Sequence[int]) -> None:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from quest_dist import ops
+from quest_dist import on_flashinfer, ops
 from quest_dist.reference import Attended
 
 Gqa = Literal["per_query", "max", "mean"]
@@ -64,6 +64,7 @@ class View:
     kv_heads: int
     scale: float
     rotate: Callable[[Tensor, Tensor], Tensor]
+    through: ops.Through = "compiled"
 
     def page_scores(
         self, q: Tensor, radius_scale: float, reduce: Gqa, *, score_open: bool = False
@@ -98,17 +99,39 @@ class View:
             probabilities=probabilities,
             rolled_query=selection.rolled_query,
             rolled=selection.rolled,
+            through=self.through,
         )
 
 
-class Method(ABC):
-    """A method with its settings; `begin` gives it the rows that it serves."""
+@dataclass(frozen=True)
+class PageRule:
+    """A method that one `ops.decode` a layer carries out with nothing but lengths and budgets.
 
+    `keep(lengths, budgets, page_size)` says how many pages each row attends to, int32 [R], all of
+    them where negative: the last one and the best by `ops.page_scores`. It computes where the
+    lengths are and reads nothing back. None: everything is attended to.
+    """
+
+    keep: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    radius_scale: float = 1.0
+    reduce: Gqa = "max"
+
+
+@dataclass
+class Method(ABC):
+    """A method with its settings; `begin` gives it the rows that it serves.
+
+    `backend` compiled | flashinfer says whose kernels attend for it and for its dense layers; it is
+    no part of the selection. Only a method that `selects_pages`, or everything, may leave compiled.
+    """
+
+    selects_pages: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
     needs_probabilities: ClassVar[bool] = False
     needs_prefill: ClassVar[bool] = False
 
-    budgets: tuple[int, ...] = ()
+    backend: ops.Through = field(default="compiled", kw_only=True)
+    budgets: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def begin(self, budgets: Sequence[int], lengths: Sequence[int]) -> None:
         """Serve rows with these budgets, whose contexts have just been prefilled to `lengths`
@@ -129,12 +152,17 @@ class Method(ABC):
     def observe(  # noqa: B027 - looking is optional
         self, view: View, selection: Selection, probabilities: Tensor
     ) -> None:
-        """Look at the probabilities fp32 [R, H, M] in the order of the selection (if
-        `needs_probabilities`)."""
+        """Look at the probabilities fp32 [R, H, M] in the order of the selection, zero beyond a
+        list (if `needs_probabilities`). M is at least the longest list; a GPU's is the slots of a
+        row."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named; the others have finished."""
         self.budgets = tuple(self.budgets[row] for row in rows)
+
+    def page_rule(self) -> PageRule | None:
+        """What `select` does, as a page rule; None where it is not one."""
+        return None
 
     @abstractmethod
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
@@ -146,6 +174,21 @@ class Method(ABC):
         if budget < 1:
             raise ValueError(f"budget={budget}: a query attends to at least 1 token")
 
+    def check_backend(
+        self, device: str, dtype: str | None = None, head_dim: int | None = None
+    ) -> None:
+        """Raise ValueError for a backend that this method or a model (None: not known) rules
+        out."""
+        check_choice("backend", self.backend, ops.THROUGH)
+        if self.backend == "compiled":
+            return
+        if not self.selects_pages:
+            raise ValueError(
+                f"backend={self.backend} attends to pages, but {type(self).__name__} lists tokens; "
+                "choose compiled"
+            )
+        on_flashinfer.check(device, dtype, head_dim)
+
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
@@ -153,6 +196,6 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{key}={value!r}: choose one of {', '.join(choices)}")
 
 
-def as_int32(values: Sequence[int]) -> Tensor:
-    """A small int32 tensor."""
-    return torch.tensor(list(values), dtype=torch.int32)
+def as_int32(values: Sequence[int], device: torch.device) -> Tensor:
+    """A small int32 tensor where the rows are, as `view.lengths.device` says."""
+    return torch.tensor(list(values), dtype=torch.int32, device=device)

@@ -9,6 +9,7 @@ page count as in Quest.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ SCORES = ("mass", "max")
 @dataclass
 class OraclePage(Method):
     """Settings: `gqa` per_query | max | mean; `score` mass | max."""
+
+    selects_pages: ClassVar[bool] = True
 
     gqa: Gqa = "per_query"
     score: str = "mass"
@@ -60,7 +63,10 @@ class OraclePage(Method):
         by_page = scores.view(*scores.shape[:2], max(pages), size)
         ranked = by_page.logsumexp(3) if self.score == "mass" else by_page.amax(3)
         index, count = ops.select_top(
-            ranked.contiguous(), as_int32(pages), as_int32(keep), force_last=True
+            ranked.contiguous(),
+            as_int32(pages, q.device),
+            as_int32(keep, q.device),
+            force_last=True,
         )
         return Selection(index, count, "pages")
 

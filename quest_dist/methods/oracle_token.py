@@ -55,7 +55,7 @@ class OracleToken(Method):
         if self.gqa != "per_query":
             scores = group_probabilities(scores, view.kv_heads, self.gqa)
         index, count = ops.select_top(
-            scores.contiguous(), view.lengths, as_int32(keep), force_last=True
+            scores.contiguous(), view.lengths, as_int32(keep, q.device), force_last=True
         )
         return Selection(index, count, "tokens")
 

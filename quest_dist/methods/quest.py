@@ -17,6 +17,7 @@ floored, so that a budget above the length still drops one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from quest_dist.methods.method import (
     GQA_CHOICES,
     Gqa,
     Method,
+    PageRule,
     Selection,
     View,
     as_int32,
@@ -47,6 +49,13 @@ def pages_to_keep(length: int, budget: int, page_size: int) -> int:
     return -1 if budget >= length or pages_of(length, page_size) <= keep else keep
 
 
+def pages_to_keep_there(lengths: Tensor, budgets: Tensor, page_size: int) -> Tensor:
+    """`pages_to_keep` of rows, int32 [R], where their lengths and budgets, int32 [R], are."""
+    keep = (budgets // page_size).clamp(min=1)
+    pages = (lengths + (page_size - 1)) // page_size
+    return keep.masked_fill((budgets >= lengths) | (pages <= keep), -1)
+
+
 def tokens_in_pages(length: int, budget: int, page_size: int) -> int:
     """Tokens attended when the current page is one of the kept ones."""
     keep = pages_to_keep(length, budget, page_size)
@@ -62,6 +71,8 @@ class Quest(Method):
     max | mean: one list a kv head from the group's scores), `radius_scale` (1.0 is Quest's bound),
     `variant`.
     """
+
+    selects_pages: ClassVar[bool] = True
 
     gqa: Gqa = "per_query"
     radius_scale: float = 1.0
@@ -84,9 +95,16 @@ class Quest(Method):
             return EVERYTHING
         forced = self.variant == "normative"
         scores = view.page_scores(q, self.radius_scale, self.gqa, score_open=not forced)
-        pages = as_int32([pages_of(length, view.page_size) for length in view.lengths_list])
-        index, count = ops.select_top(scores, pages, as_int32(keep), force_last=forced)
+        items = [pages_of(length, view.page_size) for length in view.lengths_list]
+        pages, most = as_int32(items, q.device), as_int32(keep, q.device)
+        index, count = ops.select_top(scores, pages, most, force_last=forced)
         return Selection(index, count, "pages")
+
+    def page_rule(self) -> PageRule | None:
+        """The normative variant is one; eval_compat lets the current page compete."""
+        if self.variant != "normative":
+            return None
+        return PageRule(pages_to_keep_there, self.radius_scale, self.gqa)
 
     def _pages_to_keep(self, lengths: tuple[int, ...], page_size: int) -> tuple[int, ...]:
         rows = zip(lengths, self.budgets, strict=True)

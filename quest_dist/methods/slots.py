@@ -21,14 +21,16 @@ from quest_dist.methods.method import Selection, as_int32
 class Slots:
     """Slots of one layer; they begin with all tokens of each row's context, at score 0."""
 
-    def __init__(self, lengths: Sequence[int], lists: int) -> None:
+    def __init__(self, lengths: Sequence[int], lists: int, device: torch.device) -> None:
         rows, width = len(lengths), max(lengths)
         self.used = list(lengths)
         self._seen = list(lengths)
-        self.position = (
-            torch.arange(width, dtype=torch.int32).expand(rows, lists, width).contiguous()
-        )
-        self.score = torch.zeros(rows, lists, width)
+        order = torch.arange(width, dtype=torch.int32, device=device)
+        self.position = order.expand(rows, lists, width).contiguous()
+        self.score = torch.zeros(rows, lists, width, device=device)
+
+    def _ints(self, values: Sequence[int]) -> Tensor:
+        return as_int32(values, self.position.device)
 
     @property
     def width(self) -> int:
@@ -43,17 +45,17 @@ class Slots:
         if room > 0:
             self.position = torch.nn.functional.pad(self.position, (0, room), value=-1)
             self.score = torch.nn.functional.pad(self.score, (0, room))
-        rows = torch.arange(len(self.used))
+        rows = torch.arange(len(self.used), device=self.position.device)
         for _ in range(new):
-            slot = torch.tensor(self.used)
-            self.position[rows, :, slot] = as_int32(self._seen)[:, None]
+            slot = self._ints(self.used)
+            self.position[rows, :, slot] = self._ints(self._seen)[:, None]
             self.score[rows, :, slot] = 0.0
             self.used = [used + 1 for used in self.used]
             self._seen = [seen + 1 for seen in self._seen]
 
     def selection(self) -> Selection:
         """All held tokens."""
-        count = as_int32(self.used)[:, None].expand(-1, self.position.shape[1]).contiguous()
+        count = self._ints(self.used)[:, None].expand(-1, self.position.shape[1]).contiguous()
         return Selection(self.position, count, "tokens")
 
     def evict(self, capacity: Sequence[int], protected: Sequence[int]) -> None:
@@ -63,12 +65,11 @@ class Slots:
         """
         if all(used <= most for used, most in zip(self.used, capacity, strict=True)):
             return
-        used = as_int32(self.used)
         score = self.score.masked_fill(
-            self.position >= as_int32(protected)[:, None, None], torch.inf
+            self.position >= self._ints(protected)[:, None, None], torch.inf
         )
         keep = [min(used, most) for used, most in zip(self.used, capacity, strict=True)]
-        slot, _ = ops.select_top(score, used, as_int32(keep), force_last=False)
+        slot, _ = ops.select_top(score, self._ints(self.used), self._ints(keep), force_last=False)
         slot = self._with_full_rows(slot, keep)
         self.position = self.position.gather(2, slot)
         self.score = self.score.gather(2, slot)
@@ -78,11 +79,11 @@ class Slots:
         """Slot lists wide enough for all rows; rows that evict nothing (count -1) list their slots
         in order."""
         width = max(keep)
-        order = torch.arange(width)
+        order = torch.arange(width, device=slot.device)
         slot = torch.nn.functional.pad(
             slot[:, :, :width], (0, max(0, width - slot.shape[2])), value=-1
         )
-        whole = torch.tensor([k == u for k, u in zip(keep, self.used, strict=True)])
+        whole = self._ints(keep) == self._ints(self.used)
         return torch.where(whole[:, None, None], order, slot.clamp(min=0).long())
 
     def keep(self, rows: Sequence[int]) -> None:

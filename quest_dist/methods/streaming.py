@@ -52,28 +52,27 @@ class Streaming(Method):
     def select(self, view: View, q: Tensor) -> Selection:
         """Sinks and window, the same in every layer of a step."""
         if self._selected[0] != view.step:
-            self._selected = view.step, self._sinks_and_window(view.lengths_list)
+            self._selected = view.step, self._sinks_and_window(view.lengths_list, q.device)
         selection = self._selected[1]
         if self.positions == "original" or selection.index is None or self.sinks == 0:
             return selection
         closed = [max(0, n - b) for n, b in zip(view.lengths_list, self.budgets, strict=True)]
-        turned = view.rotate(q, -as_int32(closed))
+        turned = view.rotate(q, -as_int32(closed, q.device))
         return Selection(selection.index, selection.count, "tokens", turned, self.sinks)
 
-    def _sinks_and_window(self, lengths: tuple[int, ...]) -> Selection:
+    def _sinks_and_window(self, lengths: tuple[int, ...], device: torch.device) -> Selection:
         rows = list(zip(lengths, self.budgets, strict=True))
         if all(budget >= length for length, budget in rows):
             return EVERYTHING
         # A row that still holds everything lists it, so that its first `sinks` entries are sinks.
-        counts = [min(length, budget) for length, budget in rows]
-        slots = torch.arange(max(counts), dtype=torch.int32)
+        counts = as_int32([min(length, budget) for length, budget in rows], device)
+        longest = max(min(length, budget) for length, budget in rows)
+        slots = torch.arange(longest, dtype=torch.int32, device=device)
         index = torch.stack(
             [torch.where(slots < self.sinks, slots, slots + max(0, n - b)) for n, b in rows]
         )
-        index = index.where(slots < as_int32(counts)[:, None], torch.tensor(-1, dtype=torch.int32))
-        return Selection(
-            index[:, None].contiguous(), as_int32(counts)[:, None].contiguous(), "tokens"
-        )
+        index = index.masked_fill(slots >= counts[:, None], -1)
+        return Selection(index[:, None].contiguous(), counts[:, None].contiguous(), "tokens")
 
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """The budget, or all tokens while they are fewer."""

@@ -43,7 +43,8 @@ class Tova(Evicting):
     def observe(self, view: View, selection: Selection, probabilities: Tensor) -> None:
         """Score by this step alone, then evict."""
         slots = self._slots[view.layer]
-        slots.score[:, 0, : probabilities.shape[2]] = probabilities.mean(1)
+        mean = probabilities[:, :, : slots.width].mean(1)
+        slots.score[:, 0, : mean.shape[1]] = mean
         self.evict(slots, [length - 1 for length in view.lengths_list])
 
     def evict(self, slots: Slots, newest: Sequence[int]) -> None:
