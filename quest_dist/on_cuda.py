@@ -163,7 +163,7 @@ def decode(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> Attended:
-    """ops.decode; `kind` counts in ops.REDUCTIONS."""
+    """ops.decode in two kernels; `kind` counts in ops.REDUCTIONS."""
     native, rows, heads, device = compiled_cuda(), a["R"], a["H"], kv.device
     token = [None if x is None else _in_words(x) for x in (k, v, cos, sin)]
     q = _in_words(q)

@@ -156,23 +156,26 @@ def test_a_row_decoded_token_by_token(isa: str, case: Case) -> None:
     assert torch.equal(closed[:, :, :, 0], kv[table[:, : steps // 16].long(), :, 0].amax(dim=3))
 
 
-def test_long_rows_of_many_small_pages(device: str) -> None:
-    """Lists that are longer than what a GPU's block holds of keys, of pages and of marks."""
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_long_rows_of_many_small_pages(device: str, dtype: torch.dtype) -> None:
+    """Lists longer than what a GPU's block holds; so many scores that any other rounding shows."""
     generator = torch.Generator().manual_seed(9)
     lengths, shape = (20_000, 9000, 700), (3, 1, 20_000, 8)
-    k, v = (torch.randn(shape, generator=generator) for _ in range(2))
+    k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     table = torch.randperm(60_000, generator=generator).view(3, -1).int()
-    kv, meta = ops.allocate_pages(1, 60_000, 1, 1, 8, torch.float32)
+    kv, meta = ops.allocate_pages(1, 60_000, 1, 1, 8, dtype)
     ops.append(kv[0], meta[0], table, k, v, torch.zeros(3, dtype=torch.int32))
-    q = torch.randn(3, 2, 8, generator=generator)
+    q = torch.randn(3, 2, 8, generator=generator).to(dtype)
+    angle = torch.rand(3, 4, generator=generator).repeat(1, 2)
+    turned = reference.rotate(q, angle.cos(), angle.sin())
     place = (kv[0], meta[0], table, torch.tensor(lengths, dtype=torch.int32))
-    for keep in ((19_000, 8500, 699), (3, 9000, 600), (9001, 1, -1)):
+    for keep in ((19_000, 8500, 699), (3, 4500, 350), (9001, 1, -1)):
         kept = torch.tensor(keep, dtype=torch.int32)
         for reduce in ("max", "per_query"):
-            got = ops.decode(q, *place, kept, reduce=reduce)
-            scores = ops.page_scores(q, *place, reduce=reduce)
+            got = ops.decode(q, *place, kept, reduce=reduce, cos=angle.cos(), sin=angle.sin())
+            scores = ops.page_scores(turned, *place, reduce=reduce)
             index, count = ops.select_top(scores, place[3], kept, True)
-            assert_same(got, ops.attend(q, kv[0], table, place[3], index, count))
+            assert_same(got, ops.attend(turned, kv[0], table, place[3], index, count))
 
 
 @every_case

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 3) attend_kernel(const __grid_consta
 
   float* scores = a.result.probabilities;
   const int64_t width = a.result.probability_width;
-  const ScoresOut scored{scores == nullptr ? nullptr : scores + slot * width, width};
+  const ScoresOut scored{scores == nullptr ? nullptr : scores + slot * width, width, some};
   Partial part = nothing_seen();
   const int begin = split * chunk, end = n - begin < chunk ? n : begin + chunk;
   const int turned = list.index == nullptr ? 0 : static_cast<int>(a.rolled < n ? a.rolled : n);
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, 3) attend_kernel(const __grid_consta
     float query[kQueries][8];
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
-      if (i >= some) break;
-      load_query<T>(turn == 0 ? a.rolled_query : a.q, slot + i, p.dim, lane, query[i]);
+      const int64_t head = slot + (i < some ? i : 0);  // those beyond count for nothing
+      load_query<T>(turn == 0 ? a.rolled_query : a.q, head, p.dim, lane, query[i]);
     }
 #pragma unroll 1
     for (int first = from; first < to; first += kWindow) {

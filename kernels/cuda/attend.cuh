@@ -8,10 +8,12 @@ namespace cuda {
 
 constexpr int kWindow = 256;  // tokens that are looked up at a time
 
-// Where scaled scores of a query's tokens go, if anywhere: query i's to `to` + i * width.
+// Where scaled scores of a query's tokens go, if anywhere: those of query i < some to `to` + i *
+// width.
 struct ScoresOut {
   float* to;
   int64_t width;
+  int some;
 };
 
 __device__ __forceinline__ Partial nothing_seen() {
@@ -26,13 +28,14 @@ __device__ __forceinline__ Partial nothing_seen() {
   return part;
 }
 
-// Adds tokens [first, last) of a list, whose rows stand in `rows`, to what has been seen; `scale`
-// is times log2(e).
-template <typename T, int kLanes>
-__device__ __forceinline__ void attend_window(const Pages& p, float scale,
-                                              const float (&query)[kQueries][8],
-                                              const int64_t* rows, int first, int last, int some,
-                                              const ScoresOut& scores, Partial& part) {
+// Adds tokens [first, last) of a list, whose rows stand in `rows`, to what the first kSome queries
+// have seen; `scale` is times log2(e). kSome is a constant so that nothing branches between the
+// sums over lanes, which then overlap.
+template <typename T, int kLanes, int kSome>
+__device__ __forceinline__ void attend_with(const Pages& p, float scale,
+                                            const float (&query)[kQueries][8], const int64_t* rows,
+                                            int first, int last, const ScoresOut& scores,
+                                            Partial& part) {
   constexpr int kTeams = kThreads / kLanes, kMany = sizeof(T) == 2 ? 4 : 2;
   const int lane = threadIdx.x % kLanes, team = threadIdx.x / kLanes;
   const bool own = lane * 8 < p.dim;
@@ -54,25 +57,42 @@ __device__ __forceinline__ void attend_window(const Pages& p, float scale,
         value[u].load(base + row * p.dim + to_value);
       }
     }
-    float score[kMany][kQueries];
+    float score[kMany][kSome];
 #pragma unroll
     for (int u = 0; u < kMany; ++u) {
       float x[8];
       key[u].unpack(x);
-      const int t = step + u * kTeams + team;
 #pragma unroll
-      for (int i = 0; i < kQueries; ++i) {
-        if (i >= some) break;
-        const float sum = team_sum<kLanes>(dot(query[i], x, 0.0f));
-        score[u][i] = known[u] ? sum * scale : never();
-        if (scores.to != nullptr && lane == 0 && t < last && t < scores.width) {
-          scores.to[i * scores.width + t] = score[u][i];
+      for (int i = 0; i < kSome; ++i) score[u][i] = dot(query[i], x, 0.0f);
+    }
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int u = 0; u < kMany; ++u) {
+#pragma unroll
+        for (int i = 0; i < kSome; ++i) {
+          score[u][i] += __shfl_xor_sync(kAll, score[u][i], offset);
         }
       }
     }
 #pragma unroll
-    for (int i = 0; i < kQueries; ++i) {
-      if (i >= some) break;
+    for (int u = 0; u < kMany; ++u) {
+#pragma unroll
+      for (int i = 0; i < kSome; ++i) score[u][i] = known[u] ? score[u][i] * scale : never();
+    }
+    if (scores.to != nullptr && lane == 0) {
+#pragma unroll
+      for (int u = 0; u < kMany; ++u) {
+        const int t = step + u * kTeams + team;
+        if (t >= last || t >= scores.width) continue;
+#pragma unroll
+        for (int i = 0; i < kSome; ++i) {
+          if (i < scores.some) scores.to[i * scores.width + t] = score[u][i];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSome; ++i) {
       float top = part.top[i];
 #pragma unroll
       for (int u = 0; u < kMany; ++u) top = fmaxf(top, score[u][i]);
@@ -92,13 +112,24 @@ __device__ __forceinline__ void attend_window(const Pages& p, float scale,
       float x[8];
       value[u].unpack(x);
 #pragma unroll
-      for (int i = 0; i < kQueries; ++i) {
-        if (i >= some) break;
+      for (int i = 0; i < kSome; ++i) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) part.sum[i][e] = fmaf(score[u][i], x[e], part.sum[i][e]);
       }
     }
   }
+}
+
+// For `some` queries; those beyond are any numbers and count for nothing.
+template <typename T, int kLanes>
+__device__ __forceinline__ void attend_window(const Pages& p, float scale,
+                                              const float (&query)[kQueries][8],
+                                              const int64_t* rows, int first, int last, int some,
+                                              const ScoresOut& scores, Partial& part) {
+  static_assert(kQueries == 4, "3 go as 4");
+  if (some == 1) return attend_with<T, kLanes, 1>(p, scale, query, rows, first, last, scores, part);
+  if (some == 2) return attend_with<T, kLanes, 2>(p, scale, query, rows, first, last, scores, part);
+  attend_with<T, kLanes, 4>(p, scale, query, rows, first, last, scores, part);
 }
 
 }  // namespace cuda

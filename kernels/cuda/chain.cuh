@@ -2,10 +2,11 @@
 // `chained` in launch.h starts them so).
 //
 // A chained kernel calls wait_for_earlier() in every block that has anything to do, and only after
-// that let_next_start(). So when a kernel starts, all but its direct predecessor have ended and
-// their writes are seen; what is read before the wait must be written by no kernel that this one
-// may directly follow. Reads of what a predecessor writes are plain loads: the read-only path
-// (__ldg) is for memory that nothing writes from a kernel's start on.
+// that let_next_start(). So when a kernel starts, all but its direct predecessor have ended, and
+// what they wrote has reached the second-level cache. What is read before the wait must not be
+// written by a direct predecessor, and is read past the first-level cache (__ldcg), which may hold
+// what stood there before. What a predecessor writes is read after the wait and by plain loads: the
+// read-only path (__ldg) is for memory that nothing writes from a kernel's start on.
 #pragma once
 
 namespace quest {

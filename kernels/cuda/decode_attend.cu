@@ -39,7 +39,7 @@ struct AttendArgs {
 
 template <typename T, int kLanes>
 struct Shared {
-  Queries<T, kLanes> queries;
+  Eight<T> queries[kQueries][kLanes];  // rotated once, for all teams of the block
   union {
     unsigned keys[kHeld];
     MergeShared merge;  // when no key is needed any more
@@ -50,12 +50,19 @@ struct Shared {
   int64_t rows[kWindow];
 };
 
-// The keys of a list's scores: those below kHeld from shared memory.
+// The keys of a list's scores.
 struct Keys {
-  const unsigned* held;
+  const unsigned* held;  // those below kHeld, in shared memory
   const float* scores;
-  __device__ __forceinline__ unsigned operator()(int i) const {
-    return i < kHeld ? held[i] : ordered(__ldcg(scores + i));
+
+  // Calls use(key): the usual list, which is held whole, is read without asking for each key.
+  template <typename Use>
+  __device__ __forceinline__ void with(int count, Use&& use) const {
+    if (count <= kHeld) {
+      use([this](int i) { return held[i]; });
+    } else {
+      use([this](int i) { return i < kHeld ? held[i] : ordered(__ldcg(scores + i)); });
+    }
   }
 };
 
@@ -71,7 +78,10 @@ __device__ __forceinline__ Threshold choose(const AttendArgs& a, int64_t list, c
     s.keys[i] = ordered(__ldcg(keys.scores + i));
   }
   __syncthreads();
-  return threshold(keys, rule.last, rule.wanted, s.selecting);
+  Threshold best;
+  keys.with(rule.last,
+            [&](const auto& key) { best = threshold(key, rule.last, rule.wanted, s.selecting); });
+  return best;
 }
 
 // read of a (row, kv head) whose query heads choose alone: the union of their lists.
@@ -79,8 +89,9 @@ template <typename Shared>
 __device__ __forceinline__ void count_read(const AttendArgs& a, Shared& s) {
   const Place place = place_of(a.p, 1);
   const int64_t at = place.row * a.p.kv_heads + place.head;
+  const int keep = keep_of(a.token, place.row);
   const int length = length_of(a.p, a.token.lengths, place.row, a.fault);
-  const Rule rule = rule_of(a.p, length, a.token.keep, place.row, a.fault);
+  const Rule rule = rule_of(a.p, length, keep, place.row, a.fault);
   wait_for_earlier();
   let_next_start();
   int many = 0;  // closed pages that this thread counted
@@ -90,9 +101,11 @@ __device__ __forceinline__ void count_read(const AttendArgs& a, Shared& s) {
       __syncthreads();  // the keys of the head before it are not needed any more
       Keys keys;
       const Threshold best = choose(a, at * a.group + g, rule, s, keys);
-      ascending(keys, rule.last, best, s.selecting, [&](int, int page) {
-        if (page < first || page - first >= kNamed) return;
-        atomicOr(&s.named[(page - first) / 32], 1u << (page - first) % 32);
+      keys.with(rule.last, [&](const auto& key) {
+        ascending(key, rule.last, best, s.selecting, [&](int, int page) {
+          if (page < first || page - first >= kNamed) return;
+          atomicOr(&s.named[(page - first) / 32], 1u << (page - first) % 32);
+        });
       });
     }
     __syncthreads();
@@ -127,12 +140,18 @@ __global__ void __launch_bounds__(kThreads, 3)
 
   // Lengths, keep, q and the angles are older than the first kernel, which has waited for all
   // before it when this one starts: they may be read now.
-  const int length = length_of(p, a.token.lengths, r, a.fault);
-  const Rule rule = rule_of(p, length, a.token.keep, r, a.fault);
+  const int keep = keep_of(a.token, r), length = length_of(p, a.token.lengths, r, a.fault);
+  const Rule rule = rule_of(p, length, keep, r, a.fault);
   const int n = rule.tokens, chunk = n > 0 ? chunk_of(n) : 1;
   const int splits = n > 0 ? (n - 1) / chunk + 1 : 1;
   if (split >= splits) return;  // split 0 waits, so the grid does not end before the first kernel
-  s.queries.fill(a.token.q, a.token.angles, r, in_row, some, p.dim);
+  static_assert(kQueries * kLanes <= kThreads, "a thread has one part at most");
+  if (const int i = threadIdx.x / kLanes; i < some) {
+    float x[8];
+    load_query<T>(a.token.q, a.token.angles, r, in_row + i, p.dim, lane, x);
+    s.queries[i][lane].pack(x);
+  }
+  __syncthreads();
 
   // Scores and the new token's key and value come from the first kernel; results, the workspace and
   // the counters may be in use by what came before it, or by the decode before this one.
@@ -150,8 +169,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   float query[kQueries][8];
 #pragma unroll
   for (int i = 0; i < kQueries; ++i) {
-    if (i >= some) break;
-    s.queries.part[i][lane].unpack(query[i]);
+    s.queries[i < some ? i : 0][lane].unpack(query[i]);
   }
   Partial part = nothing_seen();
   const int size = static_cast<int>(p.page_size);
@@ -163,9 +181,11 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();  // the rows and items of the last window are not needed any more
     if (rule.wanted > 0 && (last - 1) / size - first_held >= kItems) {
       first_held = first / size;
-      ascending(keys, rule.last, best, s.selecting, [&](int position, int page) {
-        const int at = position - first_held;
-        if (at >= 0 && at < kItems) s.items[at] = page;
+      keys.with(rule.last, [&](const auto& key) {
+        ascending(key, rule.last, best, s.selecting, [&](int position, int page) {
+          const int at = position - first_held;
+          if (at >= 0 && at < kItems) s.items[at] = page;
+        });
       });
       __syncthreads();
     }

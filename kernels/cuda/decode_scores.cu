@@ -10,7 +10,6 @@
 #include "decode.h"
 #include "launch.h"
 #include "page_score.cuh"
-#include "rotate.cuh"
 
 namespace quest {
 namespace cuda {
@@ -56,39 +55,35 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 4)
     decode_scores_kernel(const __grid_constant__ ScoresArgs a) {
   constexpr int kTeams = kThreads / kLanes;
-  __shared__ __align__(16) Queries<T, kLanes> queries;
+  __shared__ __align__(16) Sides<T, kLanes> sides;
   // Whoever wrote q, k, v, the lengths or the pages may be the kernel before this one.
   wait_for_earlier();
   let_next_start();
   const Pages& p = a.p;
   const Place place = place_of(p, a.tiles);
   const int64_t r = place.row, h = place.head;
-  const int length = length_of(p, a.token.lengths, r, a.fault);
+  const int team = threadIdx.x / kLanes;
+  const int64_t first = (static_cast<int64_t>(place.tile) - a.appends) * kTile<T, kLanes> + team;
+  Bounds<T> bounds;
+  look_up<T, kLanes>(p, r, first, bounds);  // on their way with the length
+  const int keep = keep_of(a.token, r), length = length_of(p, a.token.lengths, r, a.fault);
   if (length == 0) return;
   if (place.tile < a.appends) {
     append_token<T>(a, r, h, length - 1);
     return;
   }
-  const Rule rule = rule_of(p, length, a.token.keep, r, a.fault);
+  const Rule rule = rule_of(p, length, keep, r, a.fault);
   if (rule.wanted == 0) return;  // no page competes
-  const int lane = threadIdx.x % kLanes, team = threadIdx.x / kLanes;
-  const int64_t first = static_cast<int64_t>(place.tile - a.appends) * kTile<T, kLanes> + team;
   if (first - team >= rule.last) return;
-  Bounds<T> bounds;
   load_bounds<T, kLanes>(p, r, h, first, rule.last, rule.last, a.fault, bounds);
   const bool each = a.token.reduce == Reduce::kPerQuery;
   const int64_t lists = each ? a.group : 1, list = (r * p.kv_heads + h) * lists;
-  score_bounds<T, kLanes>(
-      bounds, a.group, a.token.radius_scale, a.token.reduce,
-      [&](int64_t g, int some) {
-        if (g > 0) __syncthreads();  // the queries before them are not needed any more
-        queries.fill(a.token.q, a.token.angles, r, h * a.group + g, some, p.dim);
-      },
-      [&](int64_t, int i, float (&x)[8]) { queries.part[i][lane].unpack(x); },
-      [&](int64_t g, int u, float score) {
-        const int64_t page = first + u * kTeams;
-        if (page < rule.last) a.scores[(list + g) * p.row_pages + page] = score;
-      });
+  score_bounds<T, kLanes>(p, bounds, a.token.q, a.token.angles, r, h * a.group, a.group,
+                          a.token.radius_scale, a.token.reduce, sides,
+                          [&](int64_t g, int u, float score) {
+                            const int64_t page = first + u * kTeams;
+                            if (page < rule.last) a.scores[(list + g) * p.row_pages + page] = score;
+                          });
 }
 
 }  // namespace

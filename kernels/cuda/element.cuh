@@ -53,14 +53,21 @@ struct Eight {
     for (int i = 0; i < kWords; ++i) word[i] = reinterpret_cast<const uint4*>(from)[i];
   }
 
-  // The first four from one place, the last four from another, each aligned to its size.
-  __device__ __forceinline__ void load_fours(const T* first, const T* last) {
+  // Past the first-level cache: see chain.cuh.
+  __device__ __forceinline__ void load_early(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) word[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+  }
+
+  // The same, the first four from one place and the last four from another, each aligned to its
+  // size.
+  __device__ __forceinline__ void load_fours_early(const T* first, const T* last) {
     if constexpr (sizeof(T) == 4) {
-      word[0] = *reinterpret_cast<const uint4*>(first);
-      word[kWords - 1] = *reinterpret_cast<const uint4*>(last);
+      word[0] = __ldcg(reinterpret_cast<const uint4*>(first));
+      word[kWords - 1] = __ldcg(reinterpret_cast<const uint4*>(last));
     } else {
-      const uint2 low = *reinterpret_cast<const uint2*>(first);
-      const uint2 high = *reinterpret_cast<const uint2*>(last);
+      const uint2 low = __ldcg(reinterpret_cast<const uint2*>(first));
+      const uint2 high = __ldcg(reinterpret_cast<const uint2*>(last));
       word[0] = make_uint4(low.x, low.y, high.x, high.y);
     }
   }

@@ -13,11 +13,11 @@ __device__ __forceinline__ void load_angles(const void* from, bool wide, int64_t
                                             float (&x)[8]) {
   if (wide) {
     Eight<float> raw;
-    raw.load(static_cast<const float*>(from) + at);
+    raw.load_early(static_cast<const float*>(from) + at);
     raw.unpack(x);
   } else {
     Eight<T> raw;
-    raw.load(static_cast<const T*>(from) + at);
+    raw.load_early(static_cast<const T*>(from) + at);
     raw.unpack(x);
   }
 }
@@ -27,14 +27,14 @@ template <typename T>
 __device__ __forceinline__ void load_rotated(const Angles& a, int64_t row, const T* x, int dim,
                                              int d, float (&y)[8]) {
   Eight<T> own;
-  own.load(x + d);
+  own.load_early(x + d);
   own.unpack(y);
   if (a.cos == nullptr) return;
   // D / 2 is a multiple of 4: four neighbours have neighbours for partners.
   const int half = dim / 2, next = d + 4;
   Eight<T> other;
-  other.load_fours(x + (d < half ? d + half : d - half),
-                   x + (next < half ? next + half : next - half));
+  other.load_fours_early(x + (d < half ? d + half : d - half),
+                         x + (next < half ? next + half : next - half));
   float partner[8], cos[8], sin[8];
   other.unpack(partner);
   load_angles<T>(a.cos, a.wide, row * a.cos_row + d, cos);
@@ -48,30 +48,16 @@ __device__ __forceinline__ void load_rotated(const Angles& a, int64_t row, const
   own.unpack(y);
 }
 
-// Queries of a row in shared memory: rotated once, for all teams of a block.
-template <typename T, int kLanes>
-struct Queries {
-  Eight<T> part[kQueries][kLanes];
-
-  // Query heads head .. head + some - 1 of a row; all threads of the block take part.
-  __device__ __forceinline__ void fill(const Strided& q, const Angles& angles, int64_t row,
-                                       int64_t head, int some, int64_t dim) {
-    static_assert(kQueries * kLanes <= kThreads, "a thread has one part at most");
-    const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    if (i < some) {
-      Eight<T> rotated;
-      rotated.clear();
-      if (lane * 8 < dim) {
-        const T* from = static_cast<const T*>(q.data) + row * q.row + (head + i) * q.head;
-        float x[8];
-        load_rotated<T>(angles, row, from, static_cast<int>(dim), lane * 8, x);
-        rotated.pack(x);
-      }
-      part[i][lane] = rotated;
-    }
-    __syncthreads();
-  }
-};
+// This lane's part of query `head` of a row.
+template <typename T>
+__device__ __forceinline__ void load_query(const Strided& q, const Angles& angles, int64_t row,
+                                           int64_t head, int64_t dim, int lane, float (&x)[8]) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) x[e] = 0.0f;
+  if (lane * 8 >= dim) return;
+  const T* from = static_cast<const T*>(q.data) + row * q.row + head * q.head;
+  load_rotated<T>(angles, row, from, static_cast<int>(dim), lane * 8, x);
+}
 
 }  // namespace cuda
 }  // namespace quest

@@ -31,7 +31,7 @@ __device__ __forceinline__ void raise(int64_t* fault, Fault code, int64_t at, in
 // A row's length, 0 where it is no length.
 __device__ __forceinline__ int length_of(const Pages& p, const int32_t* lengths, int64_t row,
                                          int64_t* fault) {
-  const int length = lengths[row];
+  const int length = __ldcg(lengths + row);  // decode asks early: see chain.cuh
   if (length >= 1 && length <= p.row_pages * p.page_size) return length;
   raise(fault, Fault::kLengths, row, 0);
   return 0;
@@ -68,8 +68,8 @@ __device__ __forceinline__ Place place_of(const Pages& p, unsigned tiles,
   return {block % tiles, task % rows, task / rows};
 }
 
-template <int kLanes>
-__device__ __forceinline__ float team_sum(float x) {
+template <int kLanes, typename Number>
+__device__ __forceinline__ Number team_sum(Number x) {
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     x += __shfl_xor_sync(kAll, x, offset);

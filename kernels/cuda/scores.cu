@@ -45,16 +45,18 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 4)
     page_scores_kernel(const __grid_constant__ PageArgs a) {
   constexpr int kTeams = kThreads / kLanes;
+  __shared__ __align__(16) Sides<T, kLanes> sides;
   const Pages& p = a.p;
   const Place place = place_of(p, a.tiles);
   const int64_t r = place.row, h = place.head;
   const int lane = threadIdx.x % kLanes, team = threadIdx.x / kLanes;
   const int64_t first = static_cast<int64_t>(place.tile) * kTile<T, kLanes> + team;
+  Bounds<T> bounds;
+  look_up<T, kLanes>(p, r, first, bounds);
   const int length = length_of(p, a.lengths, r, a.fault);
   const int64_t last = length > 0 ? (length - 1) / static_cast<int>(p.page_size) : 0;
   const int64_t scored = length > 0 ? last + (a.score_open ? 1 : 0) : 0;
 
-  Bounds<T> bounds;
   load_bounds<T, kLanes>(p, r, h, first, scored, last, a.fault, bounds);
   if (a.score_open) {  // the last page has no metadata yet
 #pragma unroll
@@ -66,15 +68,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   const bool each = a.reduce == Reduce::kPerQuery;
   const int64_t lists = each ? a.group : 1, list = (r * p.kv_heads + h) * lists;
-  score_bounds<T, kLanes>(
-      bounds, a.group, a.radius_scale, a.reduce, [](int64_t, int) {},
-      [&](int64_t g, int i, float (&x)[8]) {
-        load_query<T>(a.q, (r * p.kv_heads + h) * a.group + g + i, p.dim, lane, x);
-      },
-      [&](int64_t g, int u, float score) {
-        const int64_t page = first + u * kTeams;
-        if (page < p.row_pages) a.out[(list + g) * p.row_pages + page] = score;
-      });
+  const Strided q{a.q, p.kv_heads * a.group * p.dim, p.dim, 0};
+  score_bounds<T, kLanes>(p, bounds, q, Angles{}, r, h * a.group, a.group, a.radius_scale, a.reduce,
+                          sides, [&](int64_t g, int u, float score) {
+                            const int64_t page = first + u * kTeams;
+                            if (page < p.row_pages) a.out[(list + g) * p.row_pages + page] = score;
+                          });
 }
 
 struct TokenArgs {

@@ -55,9 +55,17 @@ __device__ __forceinline__ Threshold threshold(const Key& key, int count, int wa
     const int bits = left < kBits ? left : kBits, bins = 1 << bits, shift = left - bits;
     for (int b = threadIdx.x; b < bins; b += kBlock) s.bins[b] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < count; i += kBlock) {
-      const unsigned one = key(i);
-      if (left == 32 || one >> left == prefix) atomicAdd(&s.bins[(one >> shift) & (bins - 1)], 1);
+    for (int i = threadIdx.x; i < count; i += 4 * kBlock) {
+      unsigned some[4];  // on their way together
+#pragma unroll
+      for (int j = 0; j < 4; ++j) some[j] = count - i > j * kBlock ? key(i + j * kBlock) : 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool counts = left == 32 || some[j] >> left == prefix;
+        if (counts && count - i > j * kBlock) {
+          atomicAdd(&s.bins[(some[j] >> shift) & (bins - 1)], 1);
+        }
+      }
     }
     __syncthreads();
     // Thread t looks at neighbouring bins, the largest keys first.
@@ -82,21 +90,42 @@ __device__ __forceinline__ Threshold threshold(const Key& key, int count, int wa
   return {prefix, s.equal - wanted};
 }
 
-// Calls take(position, i) for each i of the winners: ascending, `position` winners before it. Of
+// A warp compares key(first) .. key(first + size - 1), 1024 of them at most: lane w gets what is
+// larger than the threshold, and what equals it, of the w-th 32 keys.
+template <typename Key>
+__device__ __forceinline__ void compare(const Key& key, int first, int size, const Threshold& t,
+                                        unsigned& larger, unsigned& ties) {
+  const int lane = threadIdx.x % 32;
+  larger = ties = 0;
+#pragma unroll 4
+  for (int w = 0; w < 32 && w * 32 < size; ++w) {
+    const int i = w * 32 + lane;
+    const unsigned one = i < size ? key(first + i) : 0;
+    const unsigned all_larger = __ballot_sync(kAll, i < size && one > t.key);
+    const unsigned all_ties = __ballot_sync(kAll, i < size && one == t.key);
+    if (lane == w) larger = all_larger, ties = all_ties;
+  }
+}
+
+// Calls take(position, i) for each i of the winners, which has `position` winners before it. Of
 // equal keys the highest positions win.
 template <int kBlock, int kBits, typename Key, typename Take>
 __device__ __forceinline__ void ascending(const Key& key, int count, const Threshold& t,
                                           Selecting<kBlock, kBits>& s, Take&& take) {
+  constexpr int kTurn = 1024;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // Each warp goes over neighbouring keys, first to count them.
-  const int own = ((count - 1) / kBlock + 1) * 32, first = own * warp;
-  const int size = count - first < own ? count - first : own;  // none or less: no keys
+  const int own = ((count - 1) / kBlock + 1) * 32, start = own * warp;
+  const int size = count - start < own ? count - start : own;  // none or less: no keys
+  unsigned of_larger = 0, of_ties = 0;
   int larger = 0, ties = 0;
-  for (int i = lane; i - lane < size; i += 32) {
-    const unsigned one = i < size ? key(first + i) : 0;
-    larger += __popc(__ballot_sync(kAll, i < size && one > t.key));
-    ties += __popc(__ballot_sync(kAll, i < size && one == t.key));
+  for (int done = 0; done < size; done += kTurn) {
+    compare(key, start + done, size - done, t, of_larger, of_ties);
+    larger += __popc(of_larger);
+    ties += __popc(of_ties);
   }
+  larger = team_sum<32>(larger);
+  ties = team_sum<32>(ties);
   if (lane == 0) {
     s.larger_of[warp] = larger;
     s.ties_of[warp] = ties;
@@ -104,18 +133,33 @@ __device__ __forceinline__ void ascending(const Key& key, int count, const Thres
   __syncthreads();
   larger = ties = 0;
   for (int w = 0; w < warp; ++w) larger += s.larger_of[w], ties += s.ties_of[w];
-  const unsigned before = (1u << lane) - 1;
-  for (int i = lane; i - lane < size; i += 32) {
-    const unsigned one = i < size ? key(first + i) : 0;
-    const bool is_larger = i < size && one > t.key, tie = i < size && one == t.key;
-    const unsigned all_larger = __ballot_sync(kAll, is_larger), all_ties = __ballot_sync(kAll, tie);
-    const int larger_here = larger + __popc(all_larger & before);
-    const int ties_here = ties + __popc(all_ties & before);
-    if (is_larger || (tie && ties_here >= t.skip)) {
-      take(larger_here + (ties_here > t.skip ? ties_here - t.skip : 0), first + i);
+  for (int done = 0; done < size; done += kTurn) {
+    if (size > kTurn) compare(key, start + done, size - done, t, of_larger, of_ties);
+    // Both counts of the lanes up to this one, in one number: 1024 at most each.
+    const int here = __popc(of_larger) | __popc(of_ties) << 16;
+    int sum = here;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(kAll, sum, offset);
+      if (lane >= offset) sum += other;
     }
-    larger += __popc(all_larger);
-    ties += __popc(all_ties);
+    int larger_before = larger + ((sum - here) & 0xffff), ties_before = ties + ((sum - here) >> 16);
+    for (unsigned left = of_larger | of_ties; left != 0; left &= left - 1) {
+      const int bit = __ffs(left) - 1;
+      const bool is_larger = (of_larger >> bit & 1) != 0;
+      if (is_larger || ties_before >= t.skip) {
+        const int winning_ties = ties_before > t.skip ? ties_before - t.skip : 0;
+        take(larger_before + winning_ties, start + done + lane * 32 + bit);
+      }
+      if (is_larger) {
+        ++larger_before;
+      } else {
+        ++ties_before;
+      }
+    }
+    const int all = __shfl_sync(kAll, sum, 31);
+    larger += all & 0xffff;
+    ties += all >> 16;
   }
 }
 
