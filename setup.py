@@ -211,7 +211,7 @@ MODULES = [
         define_macros=[("QUEST_X86", "1")] if X86 else [],
         language="c++",
         extra_compile_args=[*FLAGS, "-ffp-contract=off"],
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", *["-ldl"] * (platform.system() == "Linux")],
     )
 ]
 if NVCC is not None:
