@@ -10,6 +10,7 @@
 // a block together while it is in the nearest cache.
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "list.h"
 #include "threads.h"
@@ -31,8 +32,16 @@ struct Job {
   const Selection& selection;
   float scale;
   const Attended& result;
-  int64_t splits;                // of the longest list
-  float *maximum, *total, *sum;  // [R, H, splits], [R, H, splits], [R, H, splits, D]
+  int64_t splits;  // of the longest list
+  // [R, splits, H, record]: a sum over D, then the maximum and the total. A record fills whole
+  // lines of the cache, since splits are worked on at the same time, and those of a task lie
+  // together.
+  float* state;
+  int64_t record;
+
+  float* of(int64_t row, int64_t split, int64_t head) const {
+    return state + ((row * splits + split) * heads + head) * record;
+  }
 };
 
 // Tokens [first, last) of the lists of rows [row, row + rows) for kv heads [kv_head, + kv_heads):
@@ -47,6 +56,7 @@ void attend_block(const Job& job, const Isa& isa, const Block& block, int64_t ro
   const Pages& p = job.p;
   const int64_t bytes = bytes_of(p.dtype), from = row * job.heads + head;
   const Attended& r = job.result;
+  float* state = job.of(row, split, head);
   const AttendBlock one{
       static_cast<const char*>(job.q) + from * p.dim * bytes,
       rolled > 0 ? static_cast<const char*>(job.rolled_query) + from * p.dim * bytes : nullptr,
@@ -58,10 +68,10 @@ void attend_block(const Job& job, const Isa& isa, const Block& block, int64_t ro
       p.page_size,
       block.n,
       job.scale,
-      job.splits,
-      job.maximum + from * job.splits + split,
-      job.total + from * job.splits + split,
-      job.sum + (from * job.splits + split) * p.dim,
+      job.record,
+      state + p.dim,
+      state + p.dim + 1,
+      state,
       r.probabilities == nullptr ? nullptr : r.probabilities + from * r.probability_width + first,
       r.probability_width,
       static_cast<const char*>(p.kv) + next_kv_head * 2 * p.page_size * p.dim * bytes,
@@ -73,10 +83,10 @@ void attend_block(const Job& job, const Isa& isa, const Block& block, int64_t ro
 void start(const Job& job, const Task& t, int64_t row, int64_t heads) {
   const int64_t head = t.query_head < 0 ? t.kv_head * job.group : t.query_head;
   for (int64_t k = head; k < head + heads * t.kv_heads; ++k) {
-    const int64_t at = (row * job.heads + k) * job.splits + t.split;
-    job.maximum[at] = kNever;
-    job.total[at] = 0.0f;
-    std::memset(job.sum + at * job.p.dim, 0, static_cast<size_t>(job.p.dim) * 4);
+    float* state = job.of(row, t.split, k);
+    std::fill(state, state + job.p.dim, 0.0f);
+    state[job.p.dim] = kNever;
+    state[job.p.dim + 1] = 0.0f;
   }
 }
 
@@ -127,16 +137,16 @@ void merge(const Job& job, int64_t row, int64_t head) {
   const int64_t list = head * lists / job.heads, at = row * job.heads + head;
   const int64_t n = named_tokens(p, job.lengths, job.selection, row, list);
   const int64_t splits = (n + kSplit - 1) / kSplit;
-  const float* maximum = job.maximum + at * job.splits;
-  float top = maximum[0], total = 0.0f;
-  for (int64_t s = 1; s < splits; ++s) top = maximum[s] > top ? maximum[s] : top;
+  const auto maximum = [&](int64_t split) { return job.of(row, split, head)[p.dim]; };
+  float top = maximum(0), total = 0.0f;
+  for (int64_t s = 1; s < splits; ++s) top = maximum(s) > top ? maximum(s) : top;
   static thread_local std::vector<float> merged;
   float* out = scratch(merged, p.dim);
   std::memset(out, 0, static_cast<size_t>(p.dim) * 4);
   for (int64_t s = 0; s < splits; ++s) {
-    const float weight = std::exp(maximum[s] - top);
-    const float* sum = job.sum + (at * job.splits + s) * p.dim;
-    total += weight * job.total[at * job.splits + s];
+    const float* sum = job.of(row, s, head);
+    const float weight = std::exp(maximum(s) - top);
+    total += weight * sum[p.dim + 1];
     for (int64_t d = 0; d < p.dim; ++d) out[d] += weight * sum[d];
   }
   const auto settle = current_isa().settle[static_cast<int>(p.dtype)];
@@ -231,12 +241,15 @@ void attend(const Pages& p, const void* q, const void* rolled_query, int64_t rol
             const int32_t* lengths, const Selection& selection, float scale, const Attended& result,
             int threads) {
   const int64_t splits = (listed_tokens(p, lengths, selection) + kSplit - 1) / kSplit;
-  const int64_t states = p.rows * heads * splits;
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const int64_t record = (p.dim + 2 + kLine - 1) / kLine * kLine;
   static thread_local std::vector<float> workspace;
-  float* state = scratch(workspace, states * (p.dim + 2));
-  const Job job{
-      p,         q,     rolled_query, rolled, heads, heads / p.kv_heads, lengths,
-      selection, scale, result,       splits, state, state + states,     state + 2 * states};
+  void* state = scratch(workspace, p.rows * heads * splits * record + kLine);
+  size_t space = workspace.size() * sizeof(float);
+  std::align(64, 1, state, space);
+  const Job job{p,       q,         rolled_query, rolled, heads,  heads / p.kv_heads,
+                lengths, selection, scale,        result, splits, static_cast<float*>(state),
+                record};
   check(job, threads);
   const std::vector<Task> tasks = tasks_of(job);
   parallel(static_cast<int64_t>(tasks.size()), threads,

@@ -85,7 +85,7 @@ inline void soften(const AttendBlock& b, int64_t first, int heads, float* score)
       const float shrink = first_lane(exp_negative(set1(seen - highest)));
       b.maximum[at] = highest;
       b.total[at] *= shrink;
-      float* sum = b.sum + at * b.dim;
+      float* sum = b.sum + at;
       if (shrink != 1.0f) {
         for (int64_t d = 0; d < b.dim; ++d) sum[d] *= shrink;
       }
@@ -162,7 +162,7 @@ void attend_block(const AttendBlock& b) {
   const T* row[kBlock];
   const T* values = static_cast<const T*>(b.base) + b.values * b.dim;
   for (int i = 0; i < b.n; ++i) row[i] = values + b.rows[i] * b.dim;
-  const int64_t pitch = b.stride * b.dim;
+  const int64_t pitch = b.stride;
   const char* next[2 * kBlock];
   const int64_t bytes = b.dim * static_cast<int64_t>(sizeof(T));
   for (int i = 0; b.next_rows != nullptr && i < kBlock; ++i) {

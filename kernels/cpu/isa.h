@@ -50,7 +50,7 @@ struct AttendBlock {
   int64_t values;
   int n;  // tokens, 1..kBlock
   float scale;
-  int64_t stride;          // of the state, in heads
+  int64_t stride;          // of the state, from head to head
   float *maximum, *total;  // of the scores so far; of their exponentials
   float* sum;              // [heads, dim]: values weighed by the exponentials; see settle
   float* raw;              // scaled scores, or nullptr

@@ -75,24 +75,24 @@ struct Scoring {
   const Weights& weights;
   int64_t row, heads, group;
   Reduce reduce;
-  float* out;  // [heads or kv heads, P]
 
   const char* meta(int64_t page) const {
     const int64_t width = p.kv_heads * 2 * p.dim * bytes_of(p.dtype);
     return static_cast<const char*>(p.meta) + p.page_table[row * p.row_pages + page] * width;
   }
 
-  // One page: all its heads, whose metadata lies side by side.
-  void score(int64_t page, const void* meta, const void* next) const {
+  // One page: all its heads, whose metadata lies side by side. out [heads or kv heads]
+  void score(const void* meta, const void* next, float* out) const {
     const Isa& isa = current_isa();
-    float* score = scratch(mine<float>(), heads);
+    static thread_local std::vector<float> kept;
+    float* score = scratch(kept, heads);
     const bool narrow = weights.exact && isa.page_pairs != nullptr;
     const auto dots = narrow ? isa.page_pairs : isa.page_dots[static_cast<int>(p.dtype)];
     const void* by = narrow ? static_cast<const void*>(weights.narrowed.data())
                             : static_cast<const void*>(weights.wide.data());
     dots(by, heads, group, 2 * p.dim, meta, next, score);
     if (reduce == Reduce::kPerQuery) {
-      for (int64_t k = 0; k < heads; ++k) out[k * p.row_pages + page] = score[k];
+      std::copy(score, score + heads, out);
       return;
     }
     for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -102,12 +102,12 @@ struct Scoring {
         total = reduce == Reduce::kMax ? (x > total || x != x ? x : total) : total + x;
       }
       if (reduce == Reduce::kMean) total /= static_cast<float>(group);
-      out[h * p.row_pages + page] = total;
+      out[h] = total;
     }
   }
 
   // The page that is not full yet: its metadata is made for the occasion.
-  void open(int64_t page, int64_t length) const {
+  void open(int64_t page, int64_t length, float* out) const {
     const Isa& isa = current_isa();
     const int64_t id = physical(p, "page_scores", row, page), width = p.dim * bytes_of(p.dtype);
     char* meta = scratch(mine<char>(), p.kv_heads * 2 * width);
@@ -117,7 +117,7 @@ struct Scoring {
       isa.extremes[static_cast<int>(p.dtype)](keys, length - page * p.page_size, p.dim, to,
                                               to + width);
     }
-    score(page, meta, nullptr);
+    score(meta, nullptr, out);
   }
 };
 
@@ -141,22 +141,31 @@ void page_scores(const Pages& p, const void* q, int64_t heads, const int32_t* le
     in_memory_order(p, r, last_page(r), order, order + p.row_pages);
   });
   const int64_t parts = (p.row_pages + kPart - 1) / kPart;
+  // Scores stay in that order until all are made: threads that wrote to one row of `out` side by
+  // side would wait for each other's lines of the cache.
+  float* made = scratch(mine<float>(), p.rows * p.row_pages * outputs);
   parallel(p.rows * parts, threads, [&](int64_t task) {
     const int64_t r = task / parts, first = task % parts * kPart, last = last_page(r);
     const int32_t* order = orders + 2 * r * p.row_pages;
     const int64_t end = std::min(first + kPart, p.row_pages), closed = std::min(end, last);
-    const Scoring scoring{p, weights[r], r, heads, group, reduce, out + r * outputs * p.row_pages};
-    for (int64_t i = first; i < closed; ++i) {
+    const Scoring scoring{p, weights[r], r, heads, group, reduce};
+    float* to = made + (r * p.row_pages + first) * outputs;
+    for (int64_t i = first; i < closed; ++i, to += outputs) {
       const void* next = i + 1 < closed ? scoring.meta(order[i + 1]) : nullptr;
-      scoring.score(order[i], scoring.meta(order[i]), next);
+      scoring.score(scoring.meta(order[i]), next, to);
     }
-    if (score_open && first <= last && last < end) scoring.open(last, lengths[r]);
-    const int64_t scored = std::max(first, std::min(end, last + (score_open ? 1 : 0)));
-    for (int64_t i = 0; i < outputs; ++i) {
-      float* row = out + (r * outputs + i) * p.row_pages;
-      std::fill(row + scored, row + end, kNever);
-    }
+    if (score_open && first <= last && last < end) scoring.open(last, lengths[r], to);
   });
+  parallel(p.rows * outputs, p.rows * outputs * p.row_pages > kPart ? threads : 1,
+           [&](int64_t task) {
+             const int64_t r = task / outputs, last = last_page(r);
+             const int32_t* order = orders + 2 * r * p.row_pages;
+             const float* from = made + r * p.row_pages * outputs + task % outputs;
+             float* row = out + task * p.row_pages;
+             for (int64_t i = 0; i < last; ++i) row[order[i]] = from[i * outputs];
+             if (score_open) row[last] = from[last * outputs];
+             std::fill(row + last + (score_open ? 1 : 0), row + p.row_pages, kNever);
+           });
 }
 
 void token_scores(const Pages& p, const void* q, int64_t heads, const int32_t* lengths, float scale,
