@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,22 +22,30 @@ KINDS = ("lengths", "page_table", "count", "index", "twice", "starts", "items", 
 
 debug = os.environ.get("QUEST_DEBUG") == "1"
 
+#: One a device, for as long as the process: kernels hold its address.
+_faults: dict[torch.device, Tensor] = {}
 
-@cache
+
 def fault_of(device: torch.device) -> Tensor:
-    """The number that a device's kernels note faults in."""
-    return torch.full((1,), compiled_cuda().NO_FAULT, dtype=torch.int64, device=device)
+    """The number that a device's kernels note faults in.
+
+    Raises RuntimeError where a graph's capture asks first: the number would be the graph's own.
+    """
+    kept = _faults.get(device)
+    if kept is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"the first op on {device} cannot be captured; run one before")
+        none = torch.full((1,), compiled_cuda().NO_FAULT, dtype=torch.int64, device=device)
+        kept = _faults.setdefault(device, none)  # another thread's, if it was first
+    return kept
 
 
 def check_faults(device: torch.device) -> None:
-    """Wait for the device; ValueError if an op on it met an index out of range since last asked."""
+    """Wait for the device's current stream; ValueError if an op met an index out of range since
+    last asked."""
     found = _take(device)
     if found is not None:
-        kind, at, column = found
-        raise ValueError(
-            f"an op on {device} met a wrong value of {KINDS[kind]} (place {at}, {column}); "
-            "QUEST_DEBUG=1 names the op and the value"
-        )
+        raise ValueError(f"{_left(device, *found)}; QUEST_DEBUG=1 names the op and the value")
 
 
 def check(a: Arguments, look: Callable[[], None] | None = None, **named: Tensor) -> None:
@@ -47,11 +54,14 @@ def check(a: Arguments, look: Callable[[], None] | None = None, **named: Tensor)
         return
     if look is not None:
         look()
-    found = _take(next(iter(named.values())).device)
+    device = next(iter(named.values())).device
+    found = _take(device)
     if found is None:
         return
     kind, at, column = KINDS[found[0]], found[1], found[2]
-    tensor = named["index" if kind == "twice" else kind]
+    tensor = named.get("index" if kind == "twice" else kind)
+    if tensor is None:  # of no argument of this op
+        raise ValueError(f"{_left(device, *found)}, in a graph or on another stream")
     place = [at, column][: tensor.dim()]
     if tensor.dim() == 3:
         place = [*divmod(at, tensor.shape[1]), column]
@@ -59,6 +69,10 @@ def check(a: Arguments, look: Callable[[], None] | None = None, **named: Tensor)
     if kind in ("index", "twice"):
         raise ValueError(f"{a.op}: index: {_item(a, kind, value, place[0], named['lengths'])}")
     raise ValueError(f"{a.op}: {kind}{place} is {value}{_expected(a, kind)}")
+
+
+def _left(device: torch.device, kind: int, at: int, column: int) -> str:
+    return f"an op on {device} met a wrong value of {KINDS[kind]} (place {at}, {column})"
 
 
 def _item(a: Arguments, kind: str, value: int, row: int, lengths: Tensor) -> str:
@@ -91,5 +105,6 @@ def _take(device: torch.device) -> tuple[int, int, int] | None:
     key = int(fault)
     if key == compiled_cuda().NO_FAULT:
         return None
-    fault.fill_(compiled_cuda().NO_FAULT)
+    with torch.inference_mode():  # in which it may have been made
+        fault.fill_(compiled_cuda().NO_FAULT)
     return (key >> 58) - 1, key >> 32 & 0x3FFFFFF, key & 0xFFFFFFFF

@@ -122,7 +122,8 @@ class Decoder:
                     again()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # torch's own stream for captures is on the device that captured first.
+            with torch.cuda.graph(graph, stream=aside):
                 self._decode()
             again()
         self._graph, self._recorded = graph, self.pool.kv

@@ -41,7 +41,7 @@ def page_scores(
 ) -> Tensor:
     """ops.page_scores; `kind` counts in ops.REDUCTIONS."""
     native = compiled()
-    scores = torch.empty(a["R"], a["G"] if kind else a["H"], a["P"])
+    scores = torch.empty(a["R"], a["G"] if kind else a["H"], a["P"], dtype=torch.float32)
     native.page_scores(
         a.pages(native, kv, page_table, meta),
         q.data_ptr(),
@@ -100,13 +100,13 @@ def attend(
     width, weights = 0, None
     if probabilities:
         width = native.listed_tokens(pages, lengths.data_ptr(), selection)
-        weights = torch.empty(rows, heads, width)
+        weights = torch.empty(rows, heads, width, dtype=torch.float32)
     result = Attended(
         out=torch.empty_like(q),
         attended=torch.empty(rows, heads, dtype=torch.int32),
         read=torch.empty(rows, a["G"], dtype=torch.int32),
         probabilities=weights,
-        lse=torch.empty(rows, heads),
+        lse=torch.empty(rows, heads, dtype=torch.float32),
     )
     native.attend(
         pages,
@@ -151,7 +151,7 @@ def decode(
         attended=torch.empty(rows, heads, dtype=torch.int32),
         read=torch.empty(rows, a["G"], dtype=torch.int32),
         probabilities=None,
-        lse=torch.empty(rows, heads),
+        lse=torch.empty(rows, heads, dtype=torch.float32),
     )
     native.decode(
         a.pages(native, kv, page_table, meta),
@@ -177,7 +177,7 @@ def token_scores(
     """ops.token_scores, as wide as the longest row."""
     native = compiled()
     width = max(0, int(lengths.max())) if a["R"] else 0
-    scores = torch.empty(a["R"], a["H"], width)
+    scores = torch.empty(a["R"], a["H"], width, dtype=torch.float32)
     native.token_scores(
         a.pages(native, kv, page_table),
         q.data_ptr(),

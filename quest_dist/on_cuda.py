@@ -47,7 +47,9 @@ def page_scores(
 ) -> Tensor:
     """ops.page_scores; `kind` counts in ops.REDUCTIONS."""
     native, q = compiled_cuda(), _in_words(q)
-    scores = torch.empty(a["R"], a["G"] if kind else a["H"], a["P"], device=kv.device)
+    scores = torch.empty(
+        a["R"], a["G"] if kind else a["H"], a["P"], dtype=torch.float32, device=kv.device
+    )
     native.page_scores(
         _launch(kv),
         a.pages(native, kv, page_table, meta),
@@ -110,12 +112,15 @@ def attend(
         out=torch.empty_like(q),
         attended=torch.empty(rows, heads, dtype=torch.int32, device=device),
         read=torch.empty(rows, a["G"], dtype=torch.int32, device=device),
-        probabilities=torch.empty(rows, heads, width, device=device) if probabilities else None,
-        lse=torch.empty(rows, heads, device=device),
+        probabilities=torch.empty(rows, heads, width, dtype=torch.float32, device=device)
+        if probabilities
+        else None,
+        lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
     )
     weights = result.probabilities
     size = native.attend_workspace_bytes(rows, heads, a["D"])
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    counters = _zero_counters(device, rows * heads)
     launch, pages = _launch(kv), a.pages(native, kv, page_table)
     selection = a.selection(native, index, count, kind)
     native.attend(
@@ -134,7 +139,7 @@ def attend(
         result.lse.data_ptr(),
         0 if weights is None else weights.data_ptr(),
         width,
-        _zero_counters(device, rows * heads).data_ptr(),
+        counters.data_ptr(),
         workspace.data_ptr(),
     )
     named = {} if index is None or count is None else {"index": index, "count": count}
@@ -172,11 +177,12 @@ def decode(
         attended=torch.empty(rows, heads, dtype=torch.int32, device=device),
         read=torch.empty(rows, a["G"], dtype=torch.int32, device=device),
         probabilities=None,
-        lse=torch.empty(rows, heads, device=device),
+        lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
     )
     pages = a.pages(native, kv, page_table, meta)
     size = native.decode_workspace_bytes(pages, heads, kind)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    counters = _zero_counters(device, rows * heads)
     native.decode(
         _launch(kv),
         pages,
@@ -191,7 +197,7 @@ def decode(
         result.attended.data_ptr(),
         result.read.data_ptr(),
         result.lse.data_ptr(),
-        _zero_counters(device, rows * heads).data_ptr(),
+        counters.data_ptr(),
         workspace.data_ptr(),
     )
     named = {"page_table": page_table, "lengths": lengths}
@@ -205,7 +211,7 @@ def token_scores(
     """ops.token_scores, as wide as a row's slots."""
     native, q = compiled_cuda(), _in_words(q)
     width = a["P"] * a["S"]
-    scores = torch.empty(a["R"], a["H"], width, device=kv.device)
+    scores = torch.empty(a["R"], a["H"], width, dtype=torch.float32, device=kv.device)
     native.token_scores(
         _launch(kv),
         a.pages(native, kv, page_table),
@@ -250,8 +256,9 @@ def _in_words(x: Tensor) -> Tensor:
 def _zero_counters(device: torch.device, many: int) -> Tensor:
     """Counters for `attend` and `decode`, which leave them zero; calls on one stream share them.
 
-    Each capture of a graph gets its own, zeroed when a replay starts: it may run beside what this
-    stream does by then.
+    Hold them until the launch: another thread's call may put others in their place. Each capture
+    of a graph gets its own, zeroed when a replay starts: it may run beside what this stream does by
+    then.
     """
     stream = torch.cuda.current_stream(device).cuda_stream
     capture = compiled_cuda().capture_id(stream)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from new_tokens import KEEPS, assert_same, decoded, in_pieces, new_token, pages, same
-from pools import Case, close, empty_pool, filled_pool, name, queries
+from pools import Case, close, empty_pool, filled_pool, name, queries, shared
 
 from quest_dist import ops, reference
 
@@ -188,6 +188,31 @@ def test_memory_that_nothing_wrote_is_never_read(device: str, case: Case) -> Non
     finally:
         torch.use_deterministic_algorithms(False)
     assert_same(got, wanted)
+
+
+@some_cases
+def test_what_is_fp32_stays_so_whatever_torch_makes_by_default(device: str, case: Case) -> None:
+    keep = pages(case, "mixed")
+    wanted = decoded(new_token(case).copy(), "append rotate", keep)
+    pool, q = shared(case)
+    place = (pool.table, pool.lengths)
+
+    def others() -> list[torch.Tensor]:
+        weighed = ops.attend(q, pool.kv, *place, probabilities=True)
+        assert weighed.probabilities is not None
+        scores = ops.page_scores(q, pool.kv, pool.meta, *place)
+        return [scores, ops.token_scores(q, pool.kv, *place), weighed.probabilities, weighed.lse]
+
+    tensors = others()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got, again = decoded(new_token(case).copy(), "append rotate", keep), others()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(got, wanted)
+    for ours, theirs in zip((got.lse, *again), (wanted.lse, *tensors), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [

@@ -15,6 +15,7 @@ namespace cuda {
 
 inline void expect(cudaError_t status, const char* op) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: it would be found after the next launch too
   throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
 }
 
