@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quest_dist.metadata import Int8Metadata, decoded
+
 
 class Attended(NamedTuple):
     """What `attend` returns; M is the largest number of tokens that a list names."""
@@ -75,7 +77,7 @@ def append(
 def page_scores(
     q: Tensor,
     kv: Tensor,
-    meta: Tensor,
+    meta: Tensor | Int8Metadata,
     page_table: Tensor,
     lengths: Tensor,
     radius_scale: float = 1.0,
@@ -96,7 +98,7 @@ def page_scores(
     scores = torch.full((rows, heads, page_table.shape[1]), -math.inf, dtype=exact)
     for r, length in enumerate(lengths.tolist()):
         last = (length - 1) // page_size
-        bounds = meta[page_table[r, :last].long()].to(exact)  # [closed, G, 2, D]
+        bounds = decoded(meta, r, page_table[r, :last].long()).to(exact)  # [closed, G, 2, D]
         if score_open:
             keys = _dense(kv, page_table[r], length)[:, 0, last * page_size :].to(exact)
             tail = torch.stack((keys.amax(dim=1), keys.amin(dim=1)), dim=1)

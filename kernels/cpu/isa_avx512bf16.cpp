@@ -16,6 +16,7 @@ const Isa kAvx512Bf16 = {
     "avx512bf16",
     {keys_widened<float>, keys_pairs},
     {page_dots<float>, page_dots<uint16_t>},
+    page_dots_int8,
     page_pairs,
     {extremes<float>, extremes<uint16_t>},
     {attend_block<float, keys_widened<float>, weigh<float>>,

@@ -46,6 +46,8 @@ struct Weights {
   std::vector<float> wide;         // [H, 2 D]
   std::vector<uint16_t> narrowed;  // the same in bf16, where that loses nothing
   bool exact = false;
+  // For metadata in int8: weights that hold the scale, [H, 2 D], and what the offset adds, [H].
+  std::vector<float> scaled, added;
 
   void make(const Pages& p, const void* q, int64_t head, int64_t heads, float radius_scale) {
     const int64_t dim = p.dim;
@@ -68,21 +70,47 @@ struct Weights {
     }
     exact = lost == 0;
   }
+
+  void scale(const Pages& p, const ByteMeta& bytes, int64_t row, int64_t heads) {
+    const int64_t width = 2 * p.dim, group = heads / p.kv_heads;
+    float* to = scratch(scaled, heads * width);
+    float* constant = scratch(added, heads);
+    for (int64_t i = 0; i < heads; ++i) {
+      const int64_t from = (row * p.kv_heads + i / group) * width;
+      double sum = 0.0;
+      for (int64_t d = 0; d < width; ++d) {
+        const float weight = wide[static_cast<size_t>(i * width + d)];
+        to[i * width + d] = weight * bytes.scale[from + d];
+        sum += static_cast<double>(weight) * static_cast<double>(bytes.offset[from + d]);
+      }
+      constant[i] = static_cast<float>(sum);
+    }
+  }
 };
 
 struct Scoring {
   const Pages& p;
+  const ByteMeta& bytes;
   const Weights& weights;
   int64_t row, heads, group;
   Reduce reduce;
   float* out;  // [heads or kv heads, P]
 
   const char* meta(int64_t page) const {
-    const int64_t width = p.kv_heads * 2 * p.dim * bytes_of(p.dtype);
-    return static_cast<const char*>(p.meta) + p.page_table[row * p.row_pages + page] * width;
+    const int64_t at = p.page_table[row * p.row_pages + page] * p.kv_heads * 2 * p.dim;
+    if (bytes.values != nullptr) return reinterpret_cast<const char*>(bytes.values + at);
+    return static_cast<const char*>(p.meta) + at * bytes_of(p.dtype);
   }
 
-  // One page: all its heads, whose metadata lies side by side.
+  void closed(int64_t page, const void* meta, const void* next) const {
+    if (bytes.values == nullptr) return score(page, meta, next);
+    float* score = scratch(mine<float>(), heads);
+    current_isa().page_dots_int8(weights.scaled.data(), heads, group, 2 * p.dim, meta, next, score);
+    for (int64_t k = 0; k < heads; ++k) score[k] += weights.added[static_cast<size_t>(k)];
+    put(page, score);
+  }
+
+  // One page: all its heads, whose metadata lies side by side, in the dtype of the keys.
   void score(int64_t page, const void* meta, const void* next) const {
     const Isa& isa = current_isa();
     float* score = scratch(mine<float>(), heads);
@@ -91,6 +119,10 @@ struct Scoring {
     const void* by = narrow ? static_cast<const void*>(weights.narrowed.data())
                             : static_cast<const void*>(weights.wide.data());
     dots(by, heads, group, 2 * p.dim, meta, next, score);
+    put(page, score);
+  }
+
+  void put(int64_t page, const float* score) const {
     if (reduce == Reduce::kPerQuery) {
       for (int64_t k = 0; k < heads; ++k) out[k * p.row_pages + page] = score[k];
       return;
@@ -123,16 +155,19 @@ struct Scoring {
 
 }  // namespace
 
-void page_scores(const Pages& p, const void* q, int64_t heads, const int32_t* lengths,
-                 float radius_scale, Reduce reduce, bool score_open, float* out, int threads) {
+void page_scores(const Pages& p, const ByteMeta& bytes, const void* q, int64_t heads,
+                 const int32_t* lengths, float radius_scale, Reduce reduce, bool score_open,
+                 float* out, int threads) {
   check_lengths(p, "page_scores", lengths);
   const int64_t group = heads / p.kv_heads;
   const int64_t outputs = reduce == Reduce::kPerQuery ? heads : p.kv_heads;
   static thread_local std::vector<Weights> kept;
   if (static_cast<int64_t>(kept.size()) < p.rows) kept.resize(static_cast<size_t>(p.rows));
   Weights* weights = kept.data();
-  parallel(p.rows, heads * p.rows > 64 ? threads : 1,
-           [&](int64_t r) { weights[r].make(p, q, r * heads, heads, radius_scale); });
+  parallel(p.rows, heads * p.rows > 64 ? threads : 1, [&](int64_t r) {
+    weights[r].make(p, q, r * heads, heads, radius_scale);
+    if (bytes.values != nullptr) weights[r].scale(p, bytes, r, heads);
+  });
   int32_t* orders = scratch(mine<int32_t>(), 2 * p.rows * p.row_pages);
   // The last page of a row is not full yet, or just is; those before it are closed.
   const auto last_page = [&](int64_t r) { return (lengths[r] - 1) / p.page_size; };
@@ -145,10 +180,11 @@ void page_scores(const Pages& p, const void* q, int64_t heads, const int32_t* le
     const int64_t r = task / parts, first = task % parts * kPart, last = last_page(r);
     const int32_t* order = orders + 2 * r * p.row_pages;
     const int64_t end = std::min(first + kPart, p.row_pages), closed = std::min(end, last);
-    const Scoring scoring{p, weights[r], r, heads, group, reduce, out + r * outputs * p.row_pages};
+    const Scoring scoring{p,     bytes, weights[r], r,
+                          heads, group, reduce,     out + r * outputs * p.row_pages};
     for (int64_t i = first; i < closed; ++i) {
       const void* next = i + 1 < closed ? scoring.meta(order[i + 1]) : nullptr;
-      scoring.score(order[i], scoring.meta(order[i]), next);
+      scoring.closed(order[i], scoring.meta(order[i]), next);
     }
     if (score_open && first <= last && last < end) scoring.open(last, lengths[r]);
     const int64_t scored = std::max(first, std::min(end, last + (score_open ? 1 : 0)));
