@@ -49,13 +49,13 @@ def decoded(meta: Tensor | Int8Metadata, row: int, pages: Tensor) -> Tensor:
 def fitted(bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset, fp32 [..., G, 2, D], for pages [..., pages, G, 2, D] and some beyond.
 
-    Few pages say little about the next: a channel gets the room of what its keys span, over the
-    number of pages, and of a quarter of it at least.
+    Few pages say little about the next: a channel gets the room of twice what its keys span over
+    the number of pages, and of a quarter of it at least.
     """
     exact = bounds.double()
     low, high = exact.amin(dim=-4), exact.amax(dim=-4)
     keys = high[..., :1, :] - low[..., 1:, :]
-    span = torch.maximum(high - low, keys / min(4, bounds.shape[-4]))
+    span = torch.maximum(high - low, keys * max(0.25, 2.0 / bounds.shape[-4]))
     offset = ((low + high) / 2).float()
     half = span * (0.5 + MARGIN) + (offset - (low + high) / 2).abs()
     smallest = torch.finfo(torch.float32).tiny
