@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Codes run from -LARGEST to LARGEST.
+#: Codes run from -LARGEST to LARGEST, and scales are no smaller than SMALLEST.
 LARGEST = 127
+SMALLEST = 2.0**-64
 #: Room for pages that close later, on each side, in parts of what the first pages span.
 MARGIN = 0.125
 
@@ -49,6 +50,9 @@ def decoded(meta: Tensor | Int8Metadata, row: int, pages: Tensor) -> Tensor:
 def fitted(bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset, fp32 [..., G, 2, D], for pages [..., pages, G, 2, D] and some beyond.
 
+    Scales are powers of two: weights in bf16 stay so with the scale in them, and meet the codes two
+    a lane where a processor multiplies bf16 in pairs.
+
     Few pages say little about the next: a channel gets the room of twice what its keys span over
     the number of pages, and of a quarter of it at least.
     """
@@ -58,8 +62,8 @@ def fitted(bounds: Tensor) -> tuple[Tensor, Tensor]:
     span = torch.maximum(high - low, keys * max(0.25, 2.0 / bounds.shape[-4]))
     offset = ((low + high) / 2).float()
     half = span * (0.5 + MARGIN) + (offset - (low + high) / 2).abs()
-    smallest = torch.finfo(torch.float32).tiny
-    return (half / LARGEST).float().clamp(min=smallest), offset
+    _, exponent = torch.frexp((half / LARGEST).clamp(min=SMALLEST))
+    return torch.ldexp(torch.ones_like(offset), exponent), offset
 
 
 def encoded(bounds: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from cache_harness import Run, Stream, decode, no_rotation, tokens_of
 
 from quest_dist import ops
 from quest_dist.batch import Group, new_batch
+from quest_dist.compose import composed
 from quest_dist.methods.int8_pages import Int8Pages
 from quest_dist.methods.quest import Quest
 from quest_dist.methods.tightbound import TightBound
@@ -116,7 +117,7 @@ def test_wrong_choices_and_gpus_are_refused_before_a_worker_starts() -> None:
     with pytest.raises(ValueError, match="quest: metadata='int4': choose one of exact, int8"):
         prepare(composed([*SWEEP, "method.quest.metadata=int4"]))
     chosen = [*SWEEP, "method.quest.metadata=int8", "cluster.device=cuda"]
-    with pytest.raises(ValueError, match="method quest: metadata=int8 is for the cpu, not for cud"):
+    with pytest.raises(ValueError, match="method quest: metadata=int8 is scored on the cpu only"):
         prepare(composed(chosen))
     in_int8().check_backend("cpu", "bfloat16", 64)
 

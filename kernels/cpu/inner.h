@@ -101,9 +101,16 @@ void page_dots(const void* weights, int64_t heads, int64_t group, int64_t dim, c
 // Some heads together: a row of bytes is widened once for all of them. Each sums as if alone.
 template <int kHeads>
 inline void byte_row(const float* weight, int64_t dim, const int8_t* row, Vec* sum) {
-  Vec part[kHeads];
-  for (int i = 0; i < kHeads; ++i) part[i] = set1(0.0f);
+  Vec part[kHeads], other[kHeads];
+  for (int i = 0; i < kHeads; ++i) part[i] = other[i] = set1(0.0f);
   int64_t d = 0;
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    const Vec x = load(row + d), y = load(row + d + kLanes);
+    for (int i = 0; i < kHeads; ++i) {
+      part[i] = fma(load(weight + i * dim + d), x, part[i]);
+      other[i] = fma(load(weight + i * dim + d + kLanes), y, other[i]);
+    }
+  }
   for (; d + kLanes <= dim; d += kLanes) {
     const Vec x = load(row + d);
     for (int i = 0; i < kHeads; ++i) part[i] = fma(load(weight + i * dim + d), x, part[i]);
@@ -115,7 +122,7 @@ inline void byte_row(const float* weight, int64_t dim, const int8_t* row, Vec* s
       part[i] = fma(load_part(weight + i * dim + d, rest), x, part[i]);
     }
   }
-  for (int i = 0; i < kHeads; ++i) sum[i] = part[i];
+  for (int i = 0; i < kHeads; ++i) sum[i] = add(part[i], other[i]);
 }
 
 // page_dots of a page's metadata in int8, with weights in fp32.

@@ -48,6 +48,8 @@ struct Weights {
   bool exact = false;
   // For metadata in int8: weights that hold the scale, [H, 2 D], and what the offset adds, [H].
   std::vector<float> scaled, added;
+  std::vector<uint16_t> scaled_narrowed;
+  bool scaled_exact = false;
 
   void make(const Pages& p, const void* q, int64_t head, int64_t heads, float radius_scale) {
     const int64_t dim = p.dim;
@@ -61,14 +63,21 @@ struct Weights {
         to[d] = (x + spread) * 0.5f;
         to[dim + d] = (x - spread) * 0.5f;
       }
-      for (int64_t d = 0; d < 2 * dim; ++d) {
-        uint32_t bits;
-        std::memcpy(&bits, to + d, 4);
-        less[d] = static_cast<uint16_t>(bits >> 16);
-        lost |= bits & 0xffffu;
-      }
+      lost |= halve(to, 2 * dim, less);
     }
     exact = lost == 0;
+  }
+
+  // The upper halves of x, which are x in bf16, and the bits of all that this loses.
+  static uint32_t halve(const float* x, int64_t count, uint16_t* out) {
+    uint32_t lost = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, 4);
+      out[i] = static_cast<uint16_t>(bits >> 16);
+      lost |= bits & 0xffffu;
+    }
+    return lost;
   }
 
   void scale(const Pages& p, const ByteMeta& bytes, int64_t row, int64_t heads) {
@@ -77,14 +86,17 @@ struct Weights {
     float* constant = scratch(added, heads);
     for (int64_t i = 0; i < heads; ++i) {
       const int64_t from = (row * p.kv_heads + i / group) * width;
-      double sum = 0.0;
-      for (int64_t d = 0; d < width; ++d) {
-        const float weight = wide[static_cast<size_t>(i * width + d)];
-        to[i * width + d] = weight * bytes.scale[from + d];
-        sum += static_cast<double>(weight) * static_cast<double>(bytes.offset[from + d]);
+      const float *weight = wide.data() + i * width, *offset = bytes.offset + from;
+      for (int64_t d = 0; d < width; ++d) to[i * width + d] = weight[d] * bytes.scale[from + d];
+      double high = 0.0, low = 0.0;
+      for (int64_t d = 0; d < p.dim; ++d) {
+        high += static_cast<double>(weight[d]) * static_cast<double>(offset[d]);
+        low += static_cast<double>(weight[p.dim + d]) * static_cast<double>(offset[p.dim + d]);
       }
-      constant[i] = static_cast<float>(sum);
+      constant[i] = static_cast<float>(high + low);
     }
+    uint16_t* less = scratch(scaled_narrowed, heads * width);
+    scaled_exact = halve(to, heads * width, less) == 0;
   }
 };
 
@@ -105,7 +117,12 @@ struct Scoring {
   void closed(int64_t page, const void* meta, const void* next) const {
     if (bytes.values == nullptr) return score(page, meta, next);
     float* score = scratch(mine<float>(), heads);
-    current_isa().page_dots_int8(weights.scaled.data(), heads, group, 2 * p.dim, meta, next, score);
+    const Isa& isa = current_isa();
+    const bool narrow = weights.scaled_exact && isa.page_pairs_int8 != nullptr;
+    const auto dots = narrow ? isa.page_pairs_int8 : isa.page_dots_int8;
+    const void* by = narrow ? static_cast<const void*>(weights.scaled_narrowed.data())
+                            : static_cast<const void*>(weights.scaled.data());
+    dots(by, heads, group, 2 * p.dim, meta, next, score);
     for (int64_t k = 0; k < heads; ++k) score[k] += weights.added[static_cast<size_t>(k)];
     put(page, score);
   }
