@@ -1,7 +1,6 @@
 """Reference: the ops in plain torch, in any floating dtype; the contract of the compiled ones.
 
-Written for reading, not for speed: loops over rows and heads, one equation a line. In float64 it is
-what the tests judge every instruction set by.
+Written for reading: loops over rows and heads. In float64 it is what the tests judge the others by.
 
 Shape letters: R rows, H query heads, G kv heads, g = H / G, N pages in the pool, P pages in a row's
 table, S page size, D head dimension, L tokens, n new tokens, Hs lists of a selection (1, G or H).
