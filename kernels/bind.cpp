@@ -15,6 +15,10 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+quest::ByteMeta make_bytes(Address values, Address scale, Address offset) {
+  return {at<const int8_t>(values), at<const float>(scale), at<const float>(offset)};
+}
+
 quest::Pages make_pages(Address kv, Address meta, Address page_table, int dtype, int64_t pages,
                         int64_t kv_heads, int64_t page_size, int64_t dim, int64_t rows,
                         int64_t row_pages) {
@@ -45,10 +49,12 @@ void append(const quest::Pages& pages, const quest::Strided& k, const quest::Str
   quest::cpu::append(pages, k, v, at<const int32_t>(starts), tokens, threads);
 }
 
-void page_scores(const quest::Pages& pages, Address q, int64_t heads, Address lengths,
-                 float radius_scale, int reduce, bool score_open, Address out, int threads) {
-  quest::cpu::page_scores(pages, at<const void>(q), heads, at<const int32_t>(lengths), radius_scale,
-                          static_cast<quest::Reduce>(reduce), score_open, at<float>(out), threads);
+void page_scores(const quest::Pages& pages, const quest::ByteMeta& bytes, Address q, int64_t heads,
+                 Address lengths, float radius_scale, int reduce, bool score_open, Address out,
+                 int threads) {
+  quest::cpu::page_scores(pages, bytes, at<const void>(q), heads, at<const int32_t>(lengths),
+                          radius_scale, static_cast<quest::Reduce>(reduce), score_open,
+                          at<float>(out), threads);
 }
 
 void select_top(Address scores, Address items, Address keep, int64_t rows, int64_t lists,
@@ -119,6 +125,7 @@ PYBIND11_MODULE(_cpu, m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<quest::Pages>(m, "Pages").def(py::init(&make_pages));
   py::class_<quest::Strided>(m, "Strided").def(py::init(&make_strided));
+  py::class_<quest::ByteMeta>(m, "ByteMeta").def(py::init(&make_bytes));
   py::class_<quest::Selection>(m, "Selection").def(py::init(&make_selection));
   py::class_<quest::Angles>(m, "Angles").def(py::init(&make_angles));
   m.def("append", &append, no_gil);

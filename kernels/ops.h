@@ -21,6 +21,13 @@ struct Pages {
   int64_t pages, kv_heads, page_size, dim, rows, row_pages;
 };
 
+// Metadata in int8 in the place of Pages::meta: code n of row r stands for offset + scale n.
+// values == nullptr: there is none.
+struct ByteMeta {
+  const int8_t* values;         // [N, G, 2, D]
+  const float *scale, *offset;  // [R, G, 2, D]
+};
+
 struct Strided {  // [R, G, n, D] whose last dimension is contiguous; strides in elements
   const void* data;
   int64_t row, head, token;
@@ -69,9 +76,10 @@ namespace cpu {
 void append(const Pages& pages, const Strided& k, const Strided& v, const int32_t* starts,
             int64_t tokens, int threads);
 
-// out [R, Hs, P]; Hs is H for kPerQuery, else G.
-void page_scores(const Pages& pages, const void* q, int64_t heads, const int32_t* lengths,
-                 float radius_scale, Reduce reduce, bool score_open, float* out, int threads);
+// out [R, Hs, P]; Hs is H for kPerQuery, else G. pages.meta is not read where there are bytes.
+void page_scores(const Pages& pages, const ByteMeta& bytes, const void* q, int64_t heads,
+                 const int32_t* lengths, float radius_scale, Reduce reduce, bool score_open,
+                 float* out, int threads);
 
 // scores [R, lists, items_max]; index [R, lists, width] and count [R, lists] are written whole.
 void select_top(const float* scores, const int32_t* items, const int32_t* keep, int64_t rows,

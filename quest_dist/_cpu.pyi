@@ -15,6 +15,9 @@ class Pages:
         row_pages: int,
     ) -> None: ...
 
+class ByteMeta:
+    def __init__(self, values: int, scale: int, offset: int) -> None: ...
+
 class Strided:
     def __init__(self, data: int, row: int, head: int, token: int) -> None: ...
 
@@ -26,6 +29,7 @@ def append(
 ) -> None: ...
 def page_scores(
     pages: Pages,
+    codes: ByteMeta,
     q: int,
     heads: int,
     lengths: int,

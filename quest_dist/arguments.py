@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from quest_dist.backend import by_reference, compiled_cuda
+from quest_dist.metadata import Int8Metadata
 
 # What the compiled ops take, and their number for it; the reference takes any floating dtype.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -120,6 +121,15 @@ class Arguments:
             )
         if where == "cuda":
             self.in_words("kv", kv)
+
+    def metadata(self, meta: Any) -> None:
+        """Pages' maxima and minima, in the call's floating dtype or in int8."""
+        if not isinstance(meta, Int8Metadata):
+            self.floats("meta", meta, "N G 2 D")
+            return
+        self.of_dtype("meta.codes", meta.codes, "N G 2 D", torch.int8)
+        self.of_dtype("meta.scale", meta.scale, "R G 2 D", torch.float32)
+        self.of_dtype("meta.offset", meta.offset, "R G 2 D", torch.float32)
 
     def in_words(self, name: str, tensor: torch.Tensor) -> None:
         """A GPU loads rows of D elements in words: they must start at words."""

@@ -180,7 +180,7 @@ def page_rule(group: Group) -> PageRule:
     if rule is None:
         raise ValueError(
             f"method {name} as it is set is no page rule, so it cannot decode on the device alone;"
-            " full can, and quest and tightbound with variant=normative"
+            " full can, and quest and tightbound with variant=normative metadata=exact"
         )
     return rule
 

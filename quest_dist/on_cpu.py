@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quest_dist.arguments import Arguments, one_token, strided
 from quest_dist.backend import compiled, threads
+from quest_dist.metadata import Int8Metadata
 from quest_dist.reference import Attended
 
 
@@ -32,7 +33,7 @@ def page_scores(
     a: Arguments,
     q: Tensor,
     kv: Tensor,
-    meta: Tensor,
+    meta: Tensor | Int8Metadata,
     page_table: Tensor,
     lengths: Tensor,
     radius_scale: float,
@@ -42,8 +43,14 @@ def page_scores(
     """ops.page_scores; `kind` counts in ops.REDUCTIONS."""
     native = compiled()
     scores = torch.empty(a["R"], a["G"] if kind else a["H"], a["P"], dtype=torch.float32)
+    if isinstance(meta, Int8Metadata):
+        pages = a.pages(native, kv, page_table)
+        codes = native.ByteMeta(*(one.data_ptr() for one in meta))
+    else:
+        pages, codes = a.pages(native, kv, page_table, meta), native.ByteMeta(0, 0, 0)
     native.page_scores(
-        a.pages(native, kv, page_table, meta),
+        pages,
+        codes,
         q.data_ptr(),
         a["H"],
         lengths.data_ptr(),

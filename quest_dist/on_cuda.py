@@ -16,6 +16,7 @@ from torch import Tensor
 from quest_dist.arguments import WORD, Arguments, one_token, strided
 from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
+from quest_dist.metadata import Int8Metadata
 from quest_dist.reference import Attended
 
 #: (device, stream, whether it is for a graph) -> the capture and its counters.
@@ -38,7 +39,7 @@ def page_scores(
     a: Arguments,
     q: Tensor,
     kv: Tensor,
-    meta: Tensor,
+    meta: Tensor | Int8Metadata,
     page_table: Tensor,
     lengths: Tensor,
     radius_scale: float,
@@ -46,6 +47,8 @@ def page_scores(
     score_open: bool,
 ) -> Tensor:
     """ops.page_scores; `kind` counts in ops.REDUCTIONS."""
+    if isinstance(meta, Int8Metadata):
+        raise a.refuse("meta", "Int8Metadata", "a tensor: int8 is scored on a CPU only")
     native, q = compiled_cuda(), _in_words(q)
     scores = torch.empty(
         a["R"], a["G"] if kind else a["H"], a["P"], dtype=torch.float32, device=kv.device

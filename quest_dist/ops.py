@@ -36,6 +36,7 @@ from quest_dist.backend import (
     set_threads,
     threads,
 )
+from quest_dist.metadata import Int8Metadata
 from quest_dist.prefill import column_sums, prefill_attend
 from quest_dist.reference import Attended
 
@@ -44,6 +45,7 @@ __all__ = [
     "THROUGH",
     "UNITS",
     "Attended",
+    "Int8Metadata",
     "Reduce",
     "Through",
     "Unit",
@@ -118,7 +120,7 @@ def append(
 def page_scores(
     q: Tensor,
     kv: Tensor,
-    meta: Tensor,
+    meta: Tensor | Int8Metadata,
     page_table: Tensor,
     lengths: Tensor,
     radius_scale: float = 1.0,
@@ -128,11 +130,11 @@ def page_scores(
     """Quest's page scores, fp32 [R, Hs, P]: an upper bound of q.k in the page at radius_scale 1.
 
     The last page of a row (which holds position lengths - 1) and those beyond score -inf;
-    `score_open` scores the last page too, by the keys it holds.
+    `score_open` scores the last page too, by the keys it holds. On a CPU, `meta` may be in int8.
     """
     a = Arguments("page_scores")
     a.take_pool(kv, page_table, lengths)
-    a.floats("meta", meta, "N G 2 D")
+    a.metadata(meta)
     q = a.floats("q", q, "R H D", contiguous=False).contiguous()
     a.multiple("H", "G", "query heads share kv heads evenly")
     kind = a.choice("reduce", reduce, REDUCTIONS)

@@ -1,7 +1,6 @@
 """Reference: the ops in plain torch, in any floating dtype; the contract of the compiled ones.
 
-Written for reading, not for speed: loops over rows and heads, one equation a line. In float64 it is
-what the tests judge every instruction set by.
+Written for reading: loops over rows and heads. In float64 it is what the tests judge the others by.
 
 Shape letters: R rows, H query heads, G kv heads, g = H / G, N pages in the pool, P pages in a row's
 table, S page size, D head dimension, L tokens, n new tokens, Hs lists of a selection (1, G or H).
@@ -16,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from quest_dist.metadata import Int8Metadata, decoded
 
 
 class Attended(NamedTuple):
@@ -75,7 +76,7 @@ def append(
 def page_scores(
     q: Tensor,
     kv: Tensor,
-    meta: Tensor,
+    meta: Tensor | Int8Metadata,
     page_table: Tensor,
     lengths: Tensor,
     radius_scale: float = 1.0,
@@ -96,7 +97,7 @@ def page_scores(
     scores = torch.full((rows, heads, page_table.shape[1]), -math.inf, dtype=exact)
     for r, length in enumerate(lengths.tolist()):
         last = (length - 1) // page_size
-        bounds = meta[page_table[r, :last].long()].to(exact)  # [closed, G, 2, D]
+        bounds = decoded(meta, r, page_table[r, :last].long()).to(exact)  # [closed, G, 2, D]
         if score_open:
             keys = _dense(kv, page_table[r], length)[:, 0, last * page_size :].to(exact)
             tail = torch.stack((keys.amax(dim=1), keys.amin(dim=1)), dim=1)

@@ -19,10 +19,14 @@ from quest_dist.pool import Geometry
 
 CONF = Path(__file__).parent.parent / "conf" / "method"
 METHODS = sorted(file.stem for file in CONF.glob("*.yaml"))
+# Settings that are held to the universal properties too, as methods of their own.
+VARIANTS = {"quest with int8": ("quest", {"metadata": "int8"})}
 
 
 def method_spec(name: str, **settings: object) -> Spec:
-    """The method of one YAML file, with other settings where given."""
+    """The method of one YAML file, or a variant, with other settings where given."""
+    if name in VARIANTS:
+        name, settings = VARIANTS[name][0], {**VARIANTS[name][1], **settings}
     return Spec(name, {**yaml.safe_load((CONF / f"{name}.yaml").read_text())[name], **settings})
 
 

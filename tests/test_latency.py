@@ -267,7 +267,7 @@ def _ragged(patched: Patch, tokens: Sequence[int], lengths: Sequence[int]) -> Ro
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("h2o", {}), ("tova", {}), ("streaming", {}), ("oracle_page", {}),
-     ("quest", {"variant": "eval_compat"})],
+     ("quest", {"variant": "eval_compat"}), ("quest", {"metadata": "int8"})],
 )  # fmt: skip
 def test_methods_that_are_no_page_rule_are_refused(name: str, settings: dict[str, object]) -> None:
     method: Method = method_spec(name, **settings).build()

@@ -27,7 +27,7 @@ DOORS = {
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
     ("suggest", "folders", "spec", "plan", "cluster"),
-    ("_cpu", "_cuda", "backend", "arguments", "reference", "reference_prefill"),
+    ("_cpu", "_cuda", "backend", "metadata", "arguments", "reference", "reference_prefill"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
     ("tasks/", "ledger", "cost", "stats"),
     ("pool", "batch", "methods/", "bundled", "table"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_harness import METHODS, Run, Stream, decode, method_spec, tokens_of
+from cache_harness import METHODS as NAMES
+from cache_harness import VARIANTS, Run, Stream, decode, method_spec, tokens_of
 
 from quest_dist.methods.method import Method
 
+METHODS = [*NAMES, *VARIANTS]
 BUDGETED = [name for name in METHODS if name != "full"]
 S = 4
 
@@ -106,7 +108,9 @@ def _choices(name: str) -> list[Method]:
     return [method_spec(name, gqa=gqa).build() for gqa in ("per_query", "max", "mean")]
 
 
-@pytest.mark.parametrize("name", ["quest", "tightbound", "oracle_token", "oracle_page"])
+@pytest.mark.parametrize(
+    "name", ["quest", "quest with int8", "tightbound", "oracle_token", "oracle_page"]
+)
 def test_gqa_choices_coincide_with_one_query_head_a_kv_head(name: str) -> None:
     stream = Stream.random(50, heads=2, kv_heads=2)
     results = [
@@ -118,7 +122,8 @@ def test_gqa_choices_coincide_with_one_query_head_a_kv_head(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["full", "quest", "tightbound", "streaming", "oracle_token", "oracle_page"]
+    "name",
+    ["full", "quest", "quest with int8", "tightbound", "streaming", "oracle_token", "oracle_page"],
 )
 def test_per_query_equals_multi_head_attention_on_repeated_keys(name: str) -> None:
     grouped = Stream.random(50, heads=4, kv_heads=2)

@@ -85,8 +85,8 @@ void decode(const Pages& p, const Token& token, int64_t heads, const Attended& r
     static thread_local std::vector<int32_t> kept;
     int32_t* count = scratch(kept, p.rows * lists * (plan.width + 1));
     int32_t* index = count + p.rows * lists;
-    page_scores(p, q, heads, token.lengths, token.radius_scale, token.reduce, false, scores,
-                threads);
+    page_scores(p, {nullptr, nullptr, nullptr}, q, heads, token.lengths, token.radius_scale,
+                token.reduce, false, scores, threads);
     select_top(scores, plan.items, token.keep, p.rows, lists, p.row_pages, true, index, plan.width,
                count, threads);
     selection = {index, count, lists, plan.width, Unit::kPages};

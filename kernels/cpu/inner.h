@@ -98,6 +98,64 @@ void page_dots(const void* weights, int64_t heads, int64_t group, int64_t dim, c
             });
 }
 
+// Some heads together: a row of bytes is widened once for all of them. Each sums as if alone.
+template <int kHeads>
+inline void byte_row(const float* weight, int64_t dim, const int8_t* row, Vec* sum) {
+  Vec part[kHeads], other[kHeads];
+  for (int i = 0; i < kHeads; ++i) part[i] = other[i] = set1(0.0f);
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    const Vec x = load(row + d), y = load(row + d + kLanes);
+    for (int i = 0; i < kHeads; ++i) {
+      part[i] = fma(load(weight + i * dim + d), x, part[i]);
+      other[i] = fma(load(weight + i * dim + d + kLanes), y, other[i]);
+    }
+  }
+  for (; d + kLanes <= dim; d += kLanes) {
+    const Vec x = load(row + d);
+    for (int i = 0; i < kHeads; ++i) part[i] = fma(load(weight + i * dim + d), x, part[i]);
+  }
+  if (d < dim) {
+    const int rest = static_cast<int>(dim - d);
+    const Vec x = load_part(row + d, rest);
+    for (int i = 0; i < kHeads; ++i) {
+      part[i] = fma(load_part(weight + i * dim + d, rest), x, part[i]);
+    }
+  }
+  for (int i = 0; i < kHeads; ++i) sum[i] = add(part[i], other[i]);
+}
+
+// page_dots of a page's metadata in int8, with weights in fp32.
+inline void page_dots_int8(const void* weights, int64_t heads, int64_t group, int64_t dim,
+                           const void* rows, const void* next, float* out) {
+  const float* weight = static_cast<const float*>(weights);
+  const int8_t* row = static_cast<const int8_t*>(rows);
+  const int8_t* ahead = static_cast<const int8_t*>(next);
+  Vec sum[kLanes];
+  int filled = 0;
+  for (int64_t h = 0; h < heads; h += group, row += dim) {
+    if (ahead != nullptr) ask(ahead + h / group * dim, dim);
+    for (int64_t left = group; left > 0;) {
+      const int room = kLanes - filled;
+      const int many = left < 4   ? (left < room ? static_cast<int>(left) : room)
+                       : room < 4 ? room
+                                  : 4;
+      if (many == 4) byte_row<4>(weight, dim, row, sum + filled);
+      if (many == 3) byte_row<3>(weight, dim, row, sum + filled);
+      if (many == 2) byte_row<2>(weight, dim, row, sum + filled);
+      if (many == 1) byte_row<1>(weight, dim, row, sum + filled);
+      weight += many * dim;
+      left -= many;
+      if ((filled += many) < kLanes) continue;
+      store(out, reduce(sum));
+      out += kLanes;
+      filled = 0;
+    }
+  }
+  for (int i = filled; i < kLanes; ++i) sum[i] = set1(0.0f);
+  if (filled > 0) store_part(out, reduce(sum), filled);
+}
+
 inline void narrow_to(float* out, Vec x, int n) { store_part(out, x, n); }
 // Only for values that came from bf16: the dropped half is zero.
 inline void narrow_to(uint16_t* out, Vec x, int n) {

@@ -74,8 +74,10 @@ struct Isa {
   const char* name;
   // Indexed by DType.
   Keys keys[2];
-  PageDots page_dots[2];  // weights are fp32
-  PageDots page_pairs;    // of bf16 with weights in bf16; nullptr where there are no units for it
+  PageDots page_dots[2];     // weights are fp32
+  PageDots page_dots_int8;   // of metadata in int8; weights are fp32
+  PageDots page_pairs_int8;  // of them with weights in bf16, or nullptr
+  PageDots page_pairs;  // of bf16 with weights in bf16; nullptr where there are no units for it
   Extremes extremes[2];
   void (*attend_block[2])(const AttendBlock& block);
   // Puts the channels of a sum of attend_block in order; nullptr where they are.

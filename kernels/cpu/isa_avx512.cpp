@@ -13,6 +13,8 @@ const Isa kAvx512 = {
     "avx512",
     {keys_widened<float>, keys_widened<uint16_t>},
     {page_dots<float>, page_dots<uint16_t>},
+    page_dots_int8,
+    nullptr,
     nullptr,
     {extremes<float>, extremes<uint16_t>},
     {attend_block<float, keys_widened<float>, weigh<float>>,

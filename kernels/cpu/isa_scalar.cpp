@@ -12,6 +12,8 @@ const Isa kScalar = {
     "scalar",
     {keys_widened<float>, keys_widened<uint16_t>},
     {page_dots<float>, page_dots<uint16_t>},
+    page_dots_int8,
+    nullptr,
     nullptr,
     {extremes<float>, extremes<uint16_t>},
     {attend_block<float, keys_widened<float>, weigh<float>>,

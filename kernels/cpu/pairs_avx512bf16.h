@@ -18,6 +18,15 @@ inline __m512bh pairs_part(const uint16_t* p, int n) {
   return reinterpret_cast<__m512bh>(
       _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1ull), p));
 }
+inline __m512bh pairs(const int8_t* p) {
+  return reinterpret_cast<__m512bh>(_mm512_cvtne2ps_pbh(load(p + kLanes), load(p)));
+}
+inline __m512bh pairs_part(const int8_t* p, int n) {
+  const auto bytes = _mm256_maskz_loadu_epi8(static_cast<__mmask32>((1ull << n) - 1ull), p);
+  alignas(32) int8_t padded[kPairs];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(padded), bytes);
+  return pairs(padded);
+}
 
 // Rows of a page lie one after another: one address and constants. Others each have an address.
 template <int kDim>
@@ -132,7 +141,8 @@ void keys_pairs(const void* q, int64_t heads, int64_t dim, const void* base, con
 template <int V>
 struct MultiplyPairs {
   __m512bh row[V];
-  explicit MultiplyPairs(const uint16_t* from) {
+  template <typename T>
+  explicit MultiplyPairs(const T* from) {
     for (int v = 0; v < V; ++v) row[v] = pairs(from + v * kPairs);
   }
   Vec operator()(const uint16_t* weight) const {
@@ -145,19 +155,20 @@ struct MultiplyPairs {
   }
 };
 
+// Of rows in bf16, or in int8, whose values bf16 holds exactly.
+template <typename T>
 void page_pairs(const void* weights, int64_t heads, int64_t group, int64_t dim, const void* rows,
                 const void* next, float* out) {
   const auto by = [&](auto multiply) {
-    page_rows(static_cast<const uint16_t*>(weights), heads, group, dim,
-              static_cast<const uint16_t*>(rows), static_cast<const uint16_t*>(next), out,
-              multiply);
+    page_rows(static_cast<const uint16_t*>(weights), heads, group, dim, static_cast<const T*>(rows),
+              static_cast<const T*>(next), out, multiply);
   };
   if (dim == 256) {
-    by([](const uint16_t* row) { return MultiplyPairs<8>(row); });
+    by([](const T* row) { return MultiplyPairs<8>(row); });
   } else if (dim == 128) {
-    by([](const uint16_t* row) { return MultiplyPairs<4>(row); });
+    by([](const T* row) { return MultiplyPairs<4>(row); });
   } else {
-    by([dim](const uint16_t* row) {
+    by([dim](const T* row) {
       return [dim, row](const uint16_t* weight) {
         Vec sum = set1(0.0f);
         int64_t d = 0;

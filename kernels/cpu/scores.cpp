@@ -46,6 +46,10 @@ struct Weights {
   std::vector<float> wide;         // [H, 2 D]
   std::vector<uint16_t> narrowed;  // the same in bf16, where that loses nothing
   bool exact = false;
+  // For metadata in int8: weights that hold the scale, [H, 2 D], and what the offset adds, [H].
+  std::vector<float> scaled, added;
+  std::vector<uint16_t> scaled_narrowed;
+  bool scaled_exact = false;
 
   void make(const Pages& p, const void* q, int64_t head, int64_t heads, float radius_scale) {
     const int64_t dim = p.dim;
@@ -59,38 +63,89 @@ struct Weights {
         to[d] = (x + spread) * 0.5f;
         to[dim + d] = (x - spread) * 0.5f;
       }
-      for (int64_t d = 0; d < 2 * dim; ++d) {
-        uint32_t bits;
-        std::memcpy(&bits, to + d, 4);
-        less[d] = static_cast<uint16_t>(bits >> 16);
-        lost |= bits & 0xffffu;
-      }
+      lost |= halve(to, 2 * dim, less);
     }
     exact = lost == 0;
   }
+
+  // The upper halves of x, which are x in bf16, and the bits of all that this loses.
+  static uint32_t halve(const float* x, int64_t count, uint16_t* out) {
+    uint32_t lost = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, 4);
+      out[i] = static_cast<uint16_t>(bits >> 16);
+      lost |= bits & 0xffffu;
+    }
+    return lost;
+  }
+
+  void scale(const Pages& p, const ByteMeta& bytes, int64_t row, int64_t heads) {
+    const int64_t width = 2 * p.dim, group = heads / p.kv_heads;
+    float* to = scratch(scaled, heads * width);
+    float* constant = scratch(added, heads);
+    for (int64_t i = 0; i < heads; ++i) {
+      const int64_t from = (row * p.kv_heads + i / group) * width;
+      const float *weight = wide.data() + i * width, *offset = bytes.offset + from;
+      for (int64_t d = 0; d < width; ++d) to[i * width + d] = weight[d] * bytes.scale[from + d];
+      double high = 0.0, low = 0.0;
+      for (int64_t d = 0; d < p.dim; ++d) {
+        high += static_cast<double>(weight[d]) * static_cast<double>(offset[d]);
+        low += static_cast<double>(weight[p.dim + d]) * static_cast<double>(offset[p.dim + d]);
+      }
+      constant[i] = static_cast<float>(high + low);
+    }
+    uint16_t* less = scratch(scaled_narrowed, heads * width);
+    scaled_exact = halve(to, heads * width, less) == 0;
+  }
 };
+
+// A page's scores, a query head each.
+float* space(int64_t heads) {
+  static thread_local std::vector<float> one;
+  return scratch(one, heads);
+}
 
 struct Scoring {
   const Pages& p;
+  const ByteMeta& bytes;
   const Weights& weights;
   int64_t row, heads, group;
   Reduce reduce;
 
   const char* meta(int64_t page) const {
-    const int64_t width = p.kv_heads * 2 * p.dim * bytes_of(p.dtype);
-    return static_cast<const char*>(p.meta) + p.page_table[row * p.row_pages + page] * width;
+    const int64_t at = p.page_table[row * p.row_pages + page] * p.kv_heads * 2 * p.dim;
+    if (bytes.values != nullptr) return reinterpret_cast<const char*>(bytes.values + at);
+    return static_cast<const char*>(p.meta) + at * bytes_of(p.dtype);
   }
 
-  // One page: all its heads, whose metadata lies side by side. out [heads or kv heads]
+  // out [heads or kv heads]
+  void closed(const void* meta, const void* next, float* out) const {
+    if (bytes.values == nullptr) return score(meta, next, out);
+    float* score = space(heads);
+    const Isa& isa = current_isa();
+    const bool narrow = weights.scaled_exact && isa.page_pairs_int8 != nullptr;
+    const auto dots = narrow ? isa.page_pairs_int8 : isa.page_dots_int8;
+    const void* by = narrow ? static_cast<const void*>(weights.scaled_narrowed.data())
+                            : static_cast<const void*>(weights.scaled.data());
+    dots(by, heads, group, 2 * p.dim, meta, next, score);
+    for (int64_t k = 0; k < heads; ++k) score[k] += weights.added[static_cast<size_t>(k)];
+    put(score, out);
+  }
+
+  // One page: all its heads, whose metadata lies side by side, in the dtype of the keys.
   void score(const void* meta, const void* next, float* out) const {
     const Isa& isa = current_isa();
-    static thread_local std::vector<float> kept;
-    float* score = scratch(kept, heads);
+    float* score = space(heads);
     const bool narrow = weights.exact && isa.page_pairs != nullptr;
     const auto dots = narrow ? isa.page_pairs : isa.page_dots[static_cast<int>(p.dtype)];
     const void* by = narrow ? static_cast<const void*>(weights.narrowed.data())
                             : static_cast<const void*>(weights.wide.data());
     dots(by, heads, group, 2 * p.dim, meta, next, score);
+    put(score, out);
+  }
+
+  void put(const float* score, float* out) const {
     if (reduce == Reduce::kPerQuery) {
       std::copy(score, score + heads, out);
       return;
@@ -123,16 +178,19 @@ struct Scoring {
 
 }  // namespace
 
-void page_scores(const Pages& p, const void* q, int64_t heads, const int32_t* lengths,
-                 float radius_scale, Reduce reduce, bool score_open, float* out, int threads) {
+void page_scores(const Pages& p, const ByteMeta& bytes, const void* q, int64_t heads,
+                 const int32_t* lengths, float radius_scale, Reduce reduce, bool score_open,
+                 float* out, int threads) {
   check_lengths(p, "page_scores", lengths);
   const int64_t group = heads / p.kv_heads;
   const int64_t outputs = reduce == Reduce::kPerQuery ? heads : p.kv_heads;
   static thread_local std::vector<Weights> kept;
   if (static_cast<int64_t>(kept.size()) < p.rows) kept.resize(static_cast<size_t>(p.rows));
   Weights* weights = kept.data();
-  parallel(p.rows, heads * p.rows > 64 ? threads : 1,
-           [&](int64_t r) { weights[r].make(p, q, r * heads, heads, radius_scale); });
+  parallel(p.rows, heads * p.rows > 64 ? threads : 1, [&](int64_t r) {
+    weights[r].make(p, q, r * heads, heads, radius_scale);
+    if (bytes.values != nullptr) weights[r].scale(p, bytes, r, heads);
+  });
   int32_t* orders = scratch(mine<int32_t>(), 2 * p.rows * p.row_pages);
   // The last page of a row is not full yet, or just is; those before it are closed.
   const auto last_page = [&](int64_t r) { return (lengths[r] - 1) / p.page_size; };
@@ -148,11 +206,11 @@ void page_scores(const Pages& p, const void* q, int64_t heads, const int32_t* le
     const int64_t r = task / parts, first = task % parts * kPart, last = last_page(r);
     const int32_t* order = orders + 2 * r * p.row_pages;
     const int64_t end = std::min(first + kPart, p.row_pages), closed = std::min(end, last);
-    const Scoring scoring{p, weights[r], r, heads, group, reduce};
+    const Scoring scoring{p, bytes, weights[r], r, heads, group, reduce};
     float* to = made + (r * p.row_pages + first) * outputs;
     for (int64_t i = first; i < closed; ++i, to += outputs) {
       const void* next = i + 1 < closed ? scoring.meta(order[i + 1]) : nullptr;
-      scoring.score(scoring.meta(order[i]), next, to);
+      scoring.closed(scoring.meta(order[i]), next, to);
     }
     if (score_open && first <= last && last < end) scoring.open(last, lengths[r], to);
   });

@@ -19,9 +19,16 @@ inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const uint16_t* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Vec load(const int8_t* p) {
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
 inline Vec load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes_below(n), p); }
 inline Vec load_part(const uint16_t* p, int n) {
   return widen(_mm256_maskz_loadu_epi16(lanes_below(n), p));
+}
+inline Vec load_part(const int8_t* p, int n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes_below(n), p)));
 }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 inline void store_part(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, lanes_below(n), x); }

@@ -33,6 +33,11 @@ inline Vec load(const uint16_t* p) {
   }
   return r;
 }
+inline Vec load(const int8_t* p) {
+  Vec r;
+  QUEST_EACH_LANE r.v[i] = static_cast<float>(p[i]);
+  return r;
+}
 template <typename T>
 inline Vec load_part(const T* p, int n) {
   T padded[kLanes] = {};

@@ -12,16 +12,21 @@ Two variants exist in the released code and differ; both are here. `normative` (
 the current page is always attended, never scored. `eval_compat` (the released accuracy evaluation):
 the current page competes like any other, at least three pages are kept, and the page count is
 floored, so that a budget above the length still drops one.
+
+M and m are kept in the dtype of the keys (`metadata=exact`), or in eight bits each (`int8`, see
+quest_dist.metadata): half of bf16's bytes, rounded outward, so that u stays a bound.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from quest_dist import ops
+from quest_dist.methods.int8_pages import Int8Pages
 from quest_dist.methods.method import (
     EVERYTHING,
     GQA_CHOICES,
@@ -35,6 +40,7 @@ from quest_dist.methods.method import (
 )
 
 VARIANTS = ("normative", "eval_compat")
+METADATA = ("exact", "int8")
 
 
 def pages_of(length: int, page_size: int) -> int:
@@ -69,7 +75,7 @@ def tokens_in_pages(length: int, budget: int, page_size: int) -> int:
 class Quest(Method):
     """Settings: `gqa` (per_query: each query head its own pages, as in the paper's accuracy runs;
     max | mean: one list a kv head from the group's scores), `radius_scale` (1.0 is Quest's bound),
-    `variant`.
+    `variant`, `metadata` (exact, or int8 on a CPU).
     """
 
     selects_pages: ClassVar[bool] = True
@@ -77,14 +83,38 @@ class Quest(Method):
     gqa: Gqa = "per_query"
     radius_scale: float = 1.0
     variant: str = "normative"
+    metadata: str = "exact"
+    _int8: Int8Pages | None = field(default=None, init=False, repr=False)
     _keep: tuple[int, tuple[int, ...]] = field(default=(-1, ()), init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         check_choice("gqa", self.gqa, GQA_CHOICES)
         check_choice("variant", self.variant, VARIANTS)
+        check_choice("metadata", self.metadata, METADATA)
         if not 0.0 <= self.radius_scale <= 1.0:
             raise ValueError(f"radius_scale={self.radius_scale}: choose a number from 0 to 1")
+
+    def begin(self, budgets: Sequence[int], lengths: Sequence[int]) -> None:
+        """Serve these rows; their metadata in int8, where asked for, follows from the prefill."""
+        super().begin(budgets, lengths)
+        self._int8 = Int8Pages(lengths) if self.metadata == "int8" else None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with the rows named."""
+        super().keep(rows)
+        if self._int8 is not None:
+            self._int8.keep(rows)
+
+    def check_backend(
+        self, device: str, dtype: str | None = None, head_dim: int | None = None
+    ) -> None:
+        """Raise ValueError where int8 cannot be scored, and as all methods do."""
+        super().check_backend(device, dtype, head_dim)
+        if self.metadata == "int8" and device != "cpu":
+            raise ValueError(
+                f"metadata=int8 is scored on the cpu only, not on {device}; choose exact"
+            )
 
     def select(self, view: View, q: Tensor) -> Selection:
         """The current page and the best others (normative), or the best of all (eval_compat)."""
@@ -94,15 +124,20 @@ class Quest(Method):
         if all(pages < 0 for pages in keep):
             return EVERYTHING
         forced = self.variant == "normative"
-        scores = view.page_scores(q, self.radius_scale, self.gqa, score_open=not forced)
+        how = (q, self.radius_scale, self.gqa)
+        if self._int8 is None:
+            scores = view.page_scores(*how, score_open=not forced)
+        else:
+            scores = self._int8.page_scores(view, *how, score_open=not forced)
         items = [pages_of(length, view.page_size) for length in view.lengths_list]
         pages, most = as_int32(items, q.device), as_int32(keep, q.device)
         index, count = ops.select_top(scores, pages, most, force_last=forced)
         return Selection(index, count, "pages")
 
     def page_rule(self) -> PageRule | None:
-        """The normative variant is one; eval_compat lets the current page compete."""
-        if self.variant != "normative":
+        """The normative variant with exact metadata is one; eval_compat lets the current page
+        compete, and ops.decode reads no int8."""
+        if self.variant != "normative" or self.metadata != "exact":
             return None
         return PageRule(pages_to_keep_there, self.radius_scale, self.gqa)
 
