@@ -10,8 +10,8 @@ using quest::cpu::AttendBlock;
 
 constexpr int kHeads = 8;  // that share one look at the keys
 
-// Of the rows that come next, those asked for beside the keys: their share of the arithmetic.
-constexpr int kKeysShare = 11;
+// Of the rows that come next, those asked for beside the keys: about their share of the time.
+constexpr int kKeysShare = 16;
 
 // The share of step `step` of `steps` of rows [from, to).
 __attribute__((always_inline)) inline void ask_share(const Ahead& ahead, int from, int to, int step,
