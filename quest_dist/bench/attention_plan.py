@@ -8,11 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from quest_dist import ops
-from quest_dist.arguments import ON_CPU
 from quest_dist.bench import graphs, timing
 from quest_dist.bench.attention_figures import Figures, GpuFigures
-from quest_dist.bench.places import Place
+from quest_dist.bench.places import Place, checked_options
 from quest_dist.bench.shapes import DTYPES, PAGE_SIZE, SHAPES, Point, Shape, parsed_sizes
 
 CONTEXTS = (8192, 32768, 131072)
@@ -77,22 +75,11 @@ class Plan:
 
 def planned(options: argparse.Namespace, place: Place) -> Plan:
     """The points that the options name, checked."""
-    dtypes = [name for name, dtype in DTYPES.items() if place.on_gpu or dtype in ON_CPU]
-    for name, value, choices in (
-        ("lists", options.lists, ops.REDUCTIONS),
-        ("dtype", options.dtype, dtypes),
-        *(("shape", shape, tuple(SHAPES)) for shape in options.shape or ()),
-    ):
-        if value not in choices:
-            raise ValueError(f"--{name}={value} is unknown; choose one of {', '.join(choices)}")
-    seconds = place.seconds if options.seconds is None else options.seconds
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"--seconds={seconds}: expected a positive number")
+    seconds, lists = checked_options(options, place, SHAPES)
     shapes = [SHAPES[name] for name in options.shape or SHAPES]
     contexts = parsed_sizes("--context", options.context, CONTEXTS)
     budgets = parsed_sizes("--budget", options.budget, BUDGETS)
     rows = parsed_sizes("--rows", options.rows, (1,))
-    lists = next(name for name in ops.REDUCTIONS if name == options.lists)
     figures = GpuFigures(lists) if place.on_gpu else Figures(lists)
     if options.quick:
         budgets = [number for number in budgets if number == figures.budget]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from quest_dist import on_flashinfer, ops
-from quest_dist.bench.shapes import parsed_size
+from quest_dist.arguments import ON_CPU
+from quest_dist.bench.shapes import DTYPES, parsed_size
 from quest_dist.cluster import lacking_for_gpus
 
 DEVICES = ("cpu", "cuda")
@@ -93,3 +96,22 @@ def last_level_cache() -> tuple[int, str]:
     if not sizes or max(sizes) == 0:
         return UNREADABLE_CACHE, f"assumed: {folder} gives none"
     return max(sizes), str(folder)
+
+
+def checked_options(
+    options: argparse.Namespace, place: Place, shapes: Collection[str]
+) -> tuple[float, ops.Reduce]:
+    """Seconds to time a point and the lists that Quest makes, once what all benchmarks of a place
+    take (--lists, --dtype, --shape, --seconds) is found right; ValueError names what is not."""
+    dtypes = [name for name, dtype in DTYPES.items() if place.on_gpu or dtype in ON_CPU]
+    for name, value, choices in (
+        ("lists", options.lists, ops.REDUCTIONS),
+        ("dtype", options.dtype, dtypes),
+        *(("shape", shape, shapes) for shape in options.shape or ()),
+    ):
+        if value not in choices:
+            raise ValueError(f"--{name}={value} is unknown; choose one of {', '.join(choices)}")
+    seconds = place.seconds if options.seconds is None else options.seconds
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"--seconds={seconds}: expected a positive number")
+    return seconds, next(name for name in ops.REDUCTIONS if name == options.lists)

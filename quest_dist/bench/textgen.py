@@ -24,12 +24,11 @@ from typing import Any
 import torch
 
 from quest_dist import models, ops
-from quest_dist.arguments import ON_CPU
 from quest_dist.attention import Patch, patch
 from quest_dist.batch import Group
 from quest_dist.bench import graphs, timing
 from quest_dist.bench.decoders import MODELS, Model, continued, filled
-from quest_dist.bench.places import DEVICES, Place, chosen_place
+from quest_dist.bench.places import DEVICES, Place, checked_options, chosen_place
 from quest_dist.bench.report import Report
 from quest_dist.bench.shapes import DTYPES, PAGE_SIZE, SHAPES, parsed_sizes
 from quest_dist.bench.timing import Side, Times, paired, spread
@@ -126,17 +125,7 @@ def run(options: argparse.Namespace) -> Report:
 
 def planned(options: argparse.Namespace, place: Place) -> Plan:
     """What the options name, checked."""
-    dtypes = [name for name, dtype in DTYPES.items() if place.on_gpu or dtype in ON_CPU]
-    for name, value, choices in (
-        ("lists", options.lists, ops.REDUCTIONS),
-        ("dtype", options.dtype, dtypes),
-        *(("shape", shape, tuple(MODELS)) for shape in options.shape or ()),
-    ):
-        if value not in choices:
-            raise ValueError(f"--{name}={value} is unknown; choose one of {', '.join(choices)}")
-    seconds = place.seconds if options.seconds is None else options.seconds
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"--seconds={seconds}: expected a positive number")
+    seconds, lists = checked_options(options, place, MODELS)
     contexts = parsed_sizes("--context", options.context, (CONTEXT,))
     budget = parsed_sizes("--budget", options.budget and [options.budget], (BUDGET,))[0]
     for name, number in (("budget", budget), *(("context", one) for one in contexts)):
@@ -148,7 +137,6 @@ def planned(options: argparse.Namespace, place: Place) -> Plan:
     fewest = min(model.layers for model in chosen)
     if not 0 <= options.dense_layers < fewest:
         raise ValueError(f"--dense-layers={options.dense_layers}: expected 0..{fewest - 1}")
-    lists = next(name for name in ops.REDUCTIONS if name == options.lists)
     return Plan(
         models=chosen,
         contexts=tuple(contexts),
