@@ -56,7 +56,7 @@ def run(
         tracker = _tracker(sweep, ledger, launched) if sweep.tracking["enabled"] else None
         finished = True
         with _following(sweep, ledger, tracker) as changed:
-            if work.units:
+            if work.all_units:
                 finished = _run(sweep, ledger, work, changed, run_unit, out)
         return _close(sweep, ledger, tracker, launched, finished, out)
 
@@ -67,9 +67,9 @@ def _plan(sweep: Sweep, out: Console) -> int:
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
         closing.plan(sweep.points, sweep.counts, ledger.done if ledger else nothing_done, out)
-        memory = max((cost.worker_bytes(unit.points) for unit in work.units), default=0)
+        memory = max((cost.worker_bytes(unit.points) for unit in work.all_units), default=0)
         measured = ledger is not None and any(
-            ledger.pace(u.first.model.name, u.first.task.name) for u in work.units
+            ledger.pace(u.first.model.name, u.first.task.name) for u in work.all_units
         )
         basis = "from the ledger's own measurements" if measured else "a rough guess before any run"
         out.print(
@@ -87,7 +87,9 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
     line = f"{sweep.name}: {len(sweep.points)} points, {pairs} records"
     if have:
         line += f", {have} of them done"
-    line += f"; {len(work.units)} units left" if work.units else "; nothing left to run"
+    left = len(work.all_units)
+    line += f"; {left} units left" if left else "; nothing left to run"
+    line += f", {len(work.alone)} of them timed alone" if work.alone else ""
     out.print(f"[bold]{line}[/]")
 
 
@@ -107,7 +109,7 @@ def _run(
     where = "this process" if sweep.cluster.backend == "inline" else "Ray Tune"
     described = f"{where}, {resources}; {sweep.output_dir}"
     with Progress(
-        sweep.points, work.units, ledger.records, work.seconds, described, out
+        sweep.points, work.all_units, ledger.records, work.seconds, described, out
     ) as progress:
 
         def on_report(report: schedule.Report) -> None:
@@ -125,8 +127,11 @@ def _run(
             changed()
 
         storage = sweep.directory / "tune"
-        return schedule.run(
-            work.units, workers, sweep.cluster, on_report, on_failure, storage, run_unit
+        # Times are taken last, when nothing else of this sweep runs.
+        return all(
+            schedule.run(units, given, sweep.cluster, on_report, on_failure, storage, run_unit)
+            for units, given in ((work.units, workers), (work.alone, work.one))
+            if units
         )
 
 

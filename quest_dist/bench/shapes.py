@@ -48,8 +48,8 @@ class Point:
 
     `shared`: the rows have one prefix, all but the last page. `quests` are the (budget, lists) to
     time beside dense; lists as in `ops.page_scores`: `max` and `mean` give one list a kv head,
-    `per_query` one a query head. `shuffled`: pages lie in random order in the pool, not in the order
-    in which it hands them out.
+    `per_query` one a query head. `shuffled`: pages lie in random order in the pool, not in that in
+    which it hands them out.
     """
 
     shape: Shape
