@@ -21,7 +21,8 @@ def test_a_curve_is_summed_by_x_with_intervals() -> None:
     dots = details.dots(details.summed(records, "accuracy"))
     assert [(dot.x, dot.value, dot.n) for dot in dots] == [(1, 15.0, 4), (2, 5.0, 4), (3, 7.0, 1)]
     assert dots[0].low < 15.0 < dots[0].high
-    assert math.isnan(dots[2].low) and math.isnan(dots[2].high)
+    assert math.isnan(dots[2].low)
+    assert math.isnan(dots[2].high)
 
 
 def test_a_perplexity_curve_is_exp_of_the_mean() -> None:
