@@ -21,14 +21,27 @@ _CHOSEN = ("model", "method", "task")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A sweep's points, with the samples of each by key, and the figures that they are for."""
+
+    name: str
+    about: str
+    figures: tuple[str, ...]
+    points: tuple[Point, ...]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A checked sweep. `counts` and `metrics` map a point's key to its samples and metric;
-    `exclusive` are the keys of points that are times, and run alone on their device."""
+    """A checked sweep: one part, or several in one launch (see quest_dist.parts), whose points are
+    run once however many parts they are in. `counts` and `metrics` map a point's key to its samples
+    and metric; `exclusive` are the keys of points that are times, and run alone on their device.
+    """
 
     name: str
     about: str
     output_dir: Path
-    figures: tuple[str, ...]
+    parts: tuple[Part, ...]
     points: tuple[Point, ...]
     counts: Mapping[str, int]
     metrics: Mapping[str, str]
@@ -52,8 +65,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     limit = config["limit"]
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1 sample, or null for all")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(config["name"])):
-        raise ValueError(f"name={config['name']!r}: letters, digits, '.', '_' and '-' only")
+    check_name(config["name"])
     figures.check(config["figures"])
     resources = Cluster(**config["cluster"])
     cluster.check(resources)
@@ -70,11 +82,12 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     _check_methods(points, tasks, resources)
     samples = {name: task.count() for name, task in tasks.items()}
     counts = {p.key: min(samples[p.task.name], limit or samples[p.task.name]) for p in points}
+    name, about = str(config["name"]), str(config["about"])
     return Sweep(
-        name=str(config["name"]),
-        about=str(config["about"]),
-        output_dir=Path(config["output_dir"]).expanduser().absolute(),
-        figures=tuple(config["figures"]),
+        name=name,
+        about=about,
+        output_dir=output_dir(config),
+        parts=(Part(name, about, tuple(config["figures"]), tuple(points), counts),),
         points=tuple(points),
         counts=counts,
         metrics={p.key: tasks[p.task.name].metric for p in points},
@@ -83,6 +96,17 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
         tracking=config["tracking"],
         config=config,
     )
+
+
+def output_dir(config: Mapping[str, Any]) -> Path:
+    """Where a configuration's results go."""
+    return Path(config["output_dir"]).expanduser().absolute()
+
+
+def check_name(name: object) -> None:
+    """Raise ValueError unless a sweep's name can name a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(name)):
+        raise ValueError(f"name={name!r}: letters, digits, '.', '_' and '-' only")
 
 
 def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
