@@ -79,6 +79,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     tasks, data = _tasks(config, specs["task"], protocol)
     points = plan.points(grid, config["exclude"], specs, data, protocol)
     points = _timed_by_shape(points, tasks)
+    _check_lengths(points, tasks)
     _check_methods(points, tasks, resources)
     samples = {name: task.count() for name, task in tasks.items()}
     counts = {p.key: min(samples[p.task.name], limit or samples[p.task.name]) for p in points}
@@ -166,7 +167,6 @@ def _tasks(
             task = specs[name].build(data=records, seed=0, protocol=dict(protocol.settings))
             count = task.count()
             data[name] = plan.with_content(source, task.identity())
-            _check_length(config, task.needs())
         except ValueError as error:
             raise ValueError(f"task {name}: {error}") from error
         if count < 1:
@@ -190,12 +190,15 @@ def _timed_by_shape(points: Sequence[Point], tasks: Mapping[str, Task]) -> list[
     return list(found.values())
 
 
-def _check_length(config: Mapping[str, Any], needs: int | None) -> None:
-    for name in config["grid"]["model"]:
-        holds = config["model"][name].get("max_length")  # null: the worker learns it by loading
+def _check_lengths(points: Sequence[Point], tasks: Mapping[str, Task]) -> None:
+    for point in points:
+        needs = tasks[point.task.name].needs()
+        # null: the worker learns it by loading
+        holds = point.model.settings.get("max_length")
         if needs is not None and holds is not None and needs > holds:
             raise ValueError(
-                f"a sample takes {needs} tokens, more than model.{name}.max_length={holds}"
+                f"task {point.task.name}: a sample takes {needs} tokens, more than"
+                f" model.{point.model.name}.max_length={holds}"
             )
 
 
