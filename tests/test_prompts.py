@@ -98,6 +98,32 @@ def test_a_question_longer_than_half_the_limit_keeps_a_context():
     assert len(cut.context + cut.tail) == 50
 
 
+@pytest.mark.parametrize("tail", ["question", "input", "chars9", "chars90", "tokens1", "tokens30"])
+@pytest.mark.parametrize("frame", [{"bos": 0}, FRAME])
+def test_head_keeps_the_beginning_the_whole_question_and_the_tail(tail, frame):
+    language = tiny_language(max_length=101, max_prompt=70, **frame)
+    body = "Begin here. " + "Nobody said a word for a long time. " * 50 + "Question: what?\nAnswer:"
+    question = body.rindex("Question:")
+    cut = language.cut(body, Protocol(tail, truncation="head"), question=question, reserve=20)
+    free = tiny_language(**frame).cut(body, Protocol(tail), question=question)
+    ids, whole = cut.context + cut.tail, free.context + free.tail
+    framed = len(language.encode(language.head)) + len(language.encode(language.foot))
+    assert cut.truncated
+    assert len(ids) == framed + min(70, 101 - 20 - framed)
+    assert cut.tail == free.tail
+    asked = free.context + free.tail
+    kept = max(len(cut.tail), len(language.encode(body[question:] + language.foot)))
+    assert ids[-kept:] == asked[-kept:]
+    assert ids[:-kept] == whole[: len(ids) - kept]
+
+
+def test_head_never_cuts_into_the_question_to_make_room():
+    language = tiny_language(max_length=60, bos=0)
+    body = "Start. " + "Question: " + "why? " * 200
+    with pytest.raises(ValueError, match=r"leaves no room .* a question of \d+ tokens"):
+        language.cut(body, Protocol(truncation="head"), question=7, reserve=10)
+
+
 def test_truncation_can_be_forbidden_and_can_be_impossible():
     body = "Nobody said a word. " * 40
     with pytest.raises(ValueError, match=r"truncation=error"):
@@ -150,6 +176,9 @@ def test_chat_format_mistakes():
         ({"tail": "chars0"}, "protocol.tail"),
         ({"truncation": "midle"}, "did you mean 'middle'"),
         ({"chat": "yes"}, "protocol.chat='yes' is not true or false"),
+        ({"extra_new_tokens": -1}, "protocol.extra_new_tokens=-1 is not a whole number from 0 up"),
+        ({"extra_new_tokens": True}, "protocol.extra_new_tokens=True"),
+        ({"trunkation": "head"}, r"protocol.trunkation: no such setting; did you mean 'truncation'"),
     ],
 )
 def test_protocol_mistakes(settings, match):
@@ -158,7 +187,8 @@ def test_protocol_mistakes(settings, match):
 
 
 def test_protocol_ignores_what_is_not_about_prompts():
-    assert Protocol.parse({"label": "x", "tail": "chars100"}) == Protocol("chars100")
+    settings = {"label": "x", "about": "y", "dense_layers": 0, "tail": "chars100"}
+    assert Protocol.parse(settings) == Protocol("chars100")
 
 
 @pytest.fixture(scope="module")

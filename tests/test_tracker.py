@@ -103,6 +103,7 @@ def test_curves_at_the_top_points_below_and_one_sweep(folder: Path, ledger: Ledg
     assert point.data.metrics["budget"] == 256
     assert point.data.metrics["detail/entropy"] == 1.5
     assert point.data.params["method.radius_scale"] == "1"
+    assert point.data.params["protocol.greedy"] == "True"
     assert point.data.tags["quest.point"] == row.point
     assert point.data.tags["quest.data"] == "generated"
     assert [run.data.tags.get("quest.device") for run in runs].count("cpu") == 1
