@@ -60,7 +60,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     _check_models(specs["model"], grid["model"], cluster.device_of(resources))
     for name in grid["model"]:
         specs["model"][name] = _identified(specs["model"][name])
-    protocol = _protocol(config["protocol"])
+    protocol = protocol_of(config["protocol"])
     tasks, data = _tasks(config, specs["task"], protocol)
     points = plan.points(grid, config["exclude"], specs, data, protocol)
     _check_methods(points, resources)
@@ -90,6 +90,12 @@ def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
     return {name: Spec(name, settings) for name, settings in options.items()}
 
 
+def protocol_of(settings: Mapping[str, Any]) -> Spec:
+    """Return the protocol; its `dense_layers` has reached the grid and is each point's own."""
+    content = {key: value for key, value in settings.items() if key != "dense_layers"}
+    return plan.with_content(_named(settings, "protocol"), content)
+
+
 def _check_chosen(config: Mapping[str, Any]) -> None:
     """Explain an empty grid, and `model=NAME` where `grid.model=[NAME]` was meant."""
     grid = config["grid"]
@@ -106,12 +112,6 @@ def _check_chosen(config: Mapping[str, Any]) -> None:
 
 def _named(settings: Mapping[str, Any], group: str) -> Spec:
     return Spec(str(settings.get("label", group)), settings)
-
-
-def _protocol(settings: Mapping[str, Any]) -> Spec:
-    """The protocol; its `dense_layers` has reached the grid and is each point's own."""
-    content = {key: value for key, value in settings.items() if key != "dense_layers"}
-    return plan.with_content(_named(settings, "protocol"), content)
 
 
 def _check_models(specs: Mapping[str, Spec], names: Sequence[str], device: str) -> None:

@@ -231,9 +231,7 @@ def test_bos_comes_once_and_first_or_never(name: str, chat: bool, stated: bool) 
 @pytest.mark.parametrize("name", sorted(set(GOLDEN) - {"yarn_llama2_7b_128k"}))
 def test_few_shot_prompts_have_no_chat_format(name: str) -> None:
     language = language_of(name)
-    framed, bare = (
-        language.cut(BODY, Protocol(), question=0, chat=chat) for chat in (True, False)
-    )
+    framed, bare = (language.cut(BODY, Protocol(), question=0, chat=chat) for chat in (True, False))
     ids = bare.context + bare.tail
     assert ids[1 if language.bos else 0 :] == language.encode(BODY)
     assert len(ids) < len(framed.context + framed.tail)

@@ -160,7 +160,10 @@ def test_a_point_is_named_by_its_own_dense_layers_not_by_where_they_came_from() 
             r"protocol.truncation='heads'.*did you mean 'head'",
         ),
         (["+sweep=smoke", "protocol.dense_layers=-1"], r"grid.dense_layers: .* got -1"),
-        (["+sweep=smoke", "~protocol.dense_layers"], r"protocol.dense_layers"),
+        (
+            ["+sweep=smoke", "~protocol.dense_layers"],
+            r"grid.dense_layers.*'protocol.dense_layers' not found$",
+        ),
         (["+sweep=smoke", "limit=0"], r"limit=0: must be at least 1"),
         (["+sweep=smoke", "name=a/b"], r"name='a/b'"),
         (["+sweep=smoke", "figures=[fig7]"], r"no figure 'fig7'; did you mean 'fig07'"),

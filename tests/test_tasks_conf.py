@@ -48,11 +48,11 @@ def test_there_is_a_file_for_every_task_of_the_paper():
 
 
 def parameters(shape):
-    """The parameters of a Llama (or Qwen2: qkv_bias) of this shape."""
+    """The parameters of a Llama (or Qwen2, with `qkv_bias`) of this shape."""
     hidden, queries = shape["hidden"], shape["heads"] * shape["head_dim"]
     keys = shape["kv_heads"] * shape["head_dim"]
     attention = 2 * hidden * queries + 2 * hidden * keys
-    attention += queries + 2 * keys if shape.get("qkv_bias") else 0
+    attention += queries + 2 * keys if shape["qkv_bias"] else 0
     layer = attention + 3 * hidden * shape["intermediate"] + 2 * hidden
     embedded = shape["vocab"] * hidden * (1 if shape["tied"] else 2)
     return embedded + shape["layers"] * layer + hidden
@@ -67,9 +67,9 @@ def test_models(path):
     except ValueError as error:
         assert "not installed" in str(error)  # noqa: PT017 - only the bundled package may be absent
     shape = settings["shape"]
-    assert set(shape) - {"qkv_bias"} == {
+    assert set(shape) == {
         *("layers", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "vocab"),
-        *("rope_theta", "tied", "parameters", "max_length"),
+        *("rope_theta", "tied", "qkv_bias", "parameters", "max_length"),
     }
     assert shape["parameters"] == parameters(shape)
     assert shape["heads"] % shape["kv_heads"] == 0
