@@ -9,7 +9,7 @@ from quest_dist.tasks.metrics import best
 from quest_dist.tasks.prompt import Language, Protocol, unknown
 from quest_dist.tasks.prompts import FORMS
 from quest_dist.tasks.sources import Form, Record, Source
-from quest_dist.tasks.task import Outcome, Sample
+from quest_dist.tasks.task import Outcome, Sample, Task
 
 METRIC_CHOICES = ("f1", "rouge_l")
 
@@ -37,7 +37,7 @@ def asked(form: Form, record: Record, body: str) -> int | None:
     return len(body) - len(rest) - len(record["input"]) - len(line)
 
 
-class LongBench:
+class LongBench(Task):
     """One LongBench dataset: its prompt, length limit, answer length and metric.
 
     `max_new_tokens: null` takes the official number (or the generated family's own) and what the
