@@ -36,7 +36,7 @@ RESAMPLES = 5000
 SEED = 0
 FEWEST_FOR_BOOTSTRAP = 8
 FEWEST_DIFFERENT = 5
-POINTS = frozenset({"f1", "rouge_l", "accuracy"})  # metrics whose samples lie in 0..100
+POINTS = frozenset({"f1", "rouge_l", "accuracy", "string_match_all"})  # samples lie in 0..100
 FEWEST_FOR_CLAIM = 5  # pairs below which nothing is called lossless, whatever their spread
 LOWER_IS_BETTER = frozenset({"perplexity"})
 
