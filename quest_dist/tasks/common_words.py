@@ -89,7 +89,8 @@ class CommonWords(Ruler):
     def hide(self, rng: random.Random, index: int) -> Lists:
         """Draw the words, of the example too."""
         in_example = EXAMPLES[self.length < SHORT][0]
-        most = self.length // (SHORTEST_ITEM * self.other_repeats)
+        room = self.length - SHORTEST_ITEM * self.common * self.common_repeats
+        most = max(0, room) // (SHORTEST_ITEM * self.other_repeats)
         count = 2 * self.common + in_example + most
         plain = count <= len(WORDS)
         words = rng.sample(WORDS, count) if plain else list(islice(compounds(rng), count))

@@ -24,7 +24,6 @@ from quest_dist.tasks.fit import largest
 from quest_dist.tasks.metrics import string_match_all
 from quest_dist.tasks.passkey import FILLER
 from quest_dist.tasks.prompt import Language, Protocol
-from quest_dist.tasks.sources import Source
 from quest_dist.tasks.task import Outcome, Sample
 
 VERSION = 1
@@ -157,5 +156,7 @@ def scattered(lines: Sequence[str], inserts: Sequence[tuple[float, str]]) -> str
     before: list[list[str]] = [[] for _ in range(len(lines) + 1)]
     for depth, text in inserts:
         before[round(depth * len(lines))].append(text)
-    parts = [line for place, own in zip(before, [*lines, ""], strict=True) for line in (*place, own)]
-    return "\n".join(parts[:-1])
+    parts = before[0]
+    for line, behind in zip(lines, before[1:], strict=True):
+        parts += [line, *behind]
+    return "\n".join(parts)

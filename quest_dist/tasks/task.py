@@ -66,8 +66,8 @@ class Task(Protocol):
     """A benchmark over one data source.
 
     `metric` is one of 'f1', 'rouge_l', 'accuracy', 'string_match_all' (scores 0..100, higher is
-    better) and 'perplexity' (a score is the mean negative log-likelihood in nats of one sample; the aggregate
-    of a point is exp of the mean, lower is better).
+    better) and 'perplexity' (a score is the mean negative log-likelihood in nats of one sample; the
+    aggregate of a point is exp of the mean, lower is better).
     """
 
     metric: str

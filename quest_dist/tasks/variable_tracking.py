@@ -20,8 +20,8 @@ from quest_dist.tasks.sources import Source
 OPENING = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 QUESTION = "Question: Find all variables that are assigned the value {value} in the text above."
 BEGUN = (
-    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables "
-    "are assigned the value {value}, they are:"
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} "
+    "variables are assigned the value {value}, they are:"
 )
 EXAMPLE_SENTENCES = 50
 """Noise of the solved example: with a chain of five about 300 tokens (RULER: up to 500)."""
