@@ -43,6 +43,11 @@ class Exercise:
         """What the user says."""
         return self.material + self.question
 
+    def after(self, example: Exercise, answer: str) -> Exercise:
+        """Return this exercise with another, solved by `answer`, before it."""
+        solved = f"{example.body}{example.begun} {answer}\n\n"
+        return Exercise(solved + self.material, self.question, self.begun)
+
 
 class Ruler(ABC):
     """A task of RULER. Subclasses say what is hidden, and the text with so much filler around."""
