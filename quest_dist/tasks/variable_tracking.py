@@ -1,8 +1,8 @@
 """Variable tracking, to RULER's definitions: chains of assignments scattered over noise.
 
 A chain starts with a number and hands it on `hops` times; the task is to name every variable that
-holds the number of the first chain. Assignments stand anywhere, but in order: each behind the one it
-copies. A solved example goes before, with names of three letters and numbers of its own.
+holds the number of the first chain. Assignments stand anywhere, but in order: each behind the one
+it copies. A solved example goes before, with names of three letters and numbers of its own.
 """
 
 from __future__ import annotations
