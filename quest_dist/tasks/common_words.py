@@ -93,10 +93,11 @@ class CommonWords(Ruler):
         most = max(0, room) // (SHORTEST_ITEM * self.other_repeats)
         count = 2 * self.common + in_example + most
         plain = count <= len(WORDS)
-        words = rng.sample(WORDS, count) if plain else list(islice(compounds(rng), count))
+        # All are shuffled, so that a longer text asks for the same words.
+        words = rng.sample(WORDS, len(WORDS)) if plain else list(islice(compounds(rng), count))
         first, second, third = self.common, 2 * self.common, 2 * self.common + in_example
         return Lists(
-            asked=WordList(tuple(words[:first]), tuple(words[third:]), rng.getrandbits(32)),
+            asked=WordList(tuple(words[:first]), tuple(words[third:count]), rng.getrandbits(32)),
             example=WordList(
                 tuple(words[first:second]), tuple(words[second:third]), rng.getrandbits(32)
             ),

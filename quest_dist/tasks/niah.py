@@ -32,6 +32,7 @@ SOME = (
     "What are all the special magic numbers for {query} mentioned in the provided text?",
     " The special magic numbers for {query} mentioned in the provided text are",
 )
+NUMBERS = range(10**6, 10**7)
 SHORTEST_NEEDLE = 8
 """Tokens that every needle takes in any vocabulary; it bounds how many a text can hold."""
 
@@ -92,15 +93,19 @@ class Niah(Ruler):
         straw = self.length // SHORTEST_NEEDLE if self.haystack == "needles" else 0
         needles = self.keys * self.values
         names = list(islice(compounds(rng), self.keys + straw))
-        numbers = [str(n) for n in rng.sample(range(10**6, 10**7), needles + straw)]
+        numbers = rng.sample(NUMBERS, needles)
         places = [rng.random() for _ in range(needles)]
         places[0] = (index % self.depths + 0.5) / self.depths
+        # Drawn last, so that a longer text hides the same needles.
+        taken = set(numbers)
+        spare = (n for n in rng.sample(NUMBERS, needles + straw) if n not in taken)
+        numbers += islice(spare, straw)
         owners = [name for name in names[: self.keys] for _ in range(self.values)]
         owners += names[self.keys :]
         texts = [NEEDLE.format(key=k, value=v) for k, v in zip(owners, numbers, strict=True)]
         return Needles(
             query=tuple(names[: self.queries]),
-            values=tuple(numbers[: self.queries * self.values]),
+            values=tuple(str(n) for n in numbers[: self.queries * self.values]),
             placed=tuple(zip(places, texts, strict=False)),
             straw=tuple(texts[needles:]),
         )
