@@ -8,7 +8,7 @@ key with `values` needles. The first needle asked for stands at a depth that cyc
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -90,24 +90,21 @@ class Niah(Ruler):
 
     def hide(self, rng: random.Random, index: int) -> Needles:
         """Draw keys, numbers and places."""
-        straw = self.length // SHORTEST_NEEDLE if self.haystack == "needles" else 0
-        needles = self.keys * self.values
-        names = list(islice(compounds(rng), self.keys + straw))
-        numbers = rng.sample(NUMBERS, needles)
-        places = [rng.random() for _ in range(needles)]
+        pairs = compounds(rng)
+        names = list(islice(pairs, self.keys))
+        numbers = rng.sample(NUMBERS, self.keys * self.values)
+        places = [rng.random() for _ in numbers]
         places[0] = (index % self.depths + 0.5) / self.depths
-        # Drawn last, so that a longer text hides the same needles.
+        owners = [name for name in names for _ in range(self.values)]
+        # Straw is drawn last, so that a longer text hides the same needles.
+        straw = self.length // SHORTEST_NEEDLE if self.haystack == "needles" else 0
         taken = set(numbers)
-        spare = (n for n in rng.sample(NUMBERS, needles + straw) if n not in taken)
-        numbers += islice(spare, straw)
-        owners = [name for name in names[: self.keys] for _ in range(self.values)]
-        owners += names[self.keys :]
-        texts = [NEEDLE.format(key=k, value=v) for k, v in zip(owners, numbers, strict=True)]
+        spare = (n for n in rng.sample(NUMBERS, len(taken) + straw) if n not in taken)
         return Needles(
             query=tuple(names[: self.queries]),
             values=tuple(str(n) for n in numbers[: self.queries * self.values]),
-            placed=tuple(zip(places, texts, strict=False)),
-            straw=tuple(texts[needles:]),
+            placed=tuple(zip(places, _needles(owners, numbers), strict=True)),
+            straw=tuple(_needles(islice(pairs, straw), islice(spare, straw))),
         )
 
     def write(self, hidden: Needles, units: int) -> Exercise:
@@ -132,3 +129,7 @@ class Niah(Ruler):
             "depth": hidden.placed[0][0],
             "depths": [round(depth, 3) for depth, _ in hidden.placed],
         }
+
+
+def _needles(keys: Iterable[str], numbers: Iterable[int]) -> list[str]:
+    return [NEEDLE.format(key=key, value=n) for key, n in zip(keys, numbers, strict=True)]
