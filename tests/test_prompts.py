@@ -185,3 +185,14 @@ def test_golden_tokens_of_the_bundled_model(smollm):
     cut = smollm.cut("The pass key is 71432.\nWhat is it?", Protocol(), question=23)
     assert cut.context[:3] == (1, 9690, 198)
     assert cut.tail == (1780, 314, 357, 47, 2, 198, 1, 520, 9531, 198)
+
+
+def test_the_beginning_of_the_answer_stands_behind_the_chat_format_and_is_never_cut():
+    language = tiny_language(max_length=60, head="<s>user: ", foot="</s><s>assistant:")
+    body = "Nobody said a word. " * 40
+    cut = language.cut(body, Protocol(), question=len(body), begun=" The word is", reserve=10)
+    assert cut.truncated
+    assert language.decode(cut.context + cut.tail).endswith("assistant: The word is")
+    assert len(cut.context) + len(cut.tail) + 10 <= 60
+    plain = language.length(body, chat=False)
+    assert language.length(body, chat=False, begun=" is") > plain

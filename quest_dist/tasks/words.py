@@ -104,7 +104,7 @@ WORDS = _words(
 
 def compounds(rng: random.Random) -> Iterator[str]:
     """Yield hyphened pairs of WORDS without end of practical meaning, none of them twice."""
-    seen = set()
+    seen: set[str] = set()
     while len(seen) < len(WORDS) * (len(WORDS) - 1):
         pair = "-".join(rng.sample(WORDS, 2))
         if pair not in seen:
