@@ -52,6 +52,7 @@ FIELDS = (
     "error",
     "metric",
     "metrics",
+    "details",
 )
 
 

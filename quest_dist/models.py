@@ -49,6 +49,20 @@ class LoadedModel:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class UnloadedModel:
+    """What is known of a model without its weights: enough to time its shape.
+
+    `language` has no tokenizer; its `max_length` is the model's, which a time may exceed.
+    """
+
+    label: str
+    shape: Mapping[str, Any]
+    dtype: torch.dtype
+    language: Language
+    device: torch.device
+
+
 def _read(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with defaults; ValueError names a wrong key or value and the choices."""
     for key in settings:
@@ -114,6 +128,35 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     if read["source"] == "hub":
         return {**kept, "repo": read["repo"], "revision": read["revision"]}
     return {**kept, "weights": _fingerprint(_local(read["path"]))}
+
+
+def shape_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a model can change a time where no weights are loaded: its shape and dtype.
+
+    Raises ValueError for a model whose settings state no shape.
+    """
+    read = _read(settings)
+    if not settings.get("shape"):
+        raise ValueError("model.shape is not set: without it there is nothing to time")
+    return {"sizes": dict(settings["shape"]), "dtype": read["dtype"]}
+
+
+def unloaded(settings: Mapping[str, Any], device: str = "cpu") -> UnloadedModel:
+    """Return a configured model without its weights, to be timed on `device`.
+
+    Raises ValueError as `load` does, and for a model that states no shape.
+    """
+    import torch
+
+    from quest_dist.arguments import check_device
+
+    shape, dtype = shape_identity(settings).values()
+    placed = place(device)
+    check_device(f"model.dtype={dtype}", placed, getattr(torch, dtype))
+    limit = settings.get("max_length") or int(shape["max_length"])
+    language = Language(None, head="", foot="", max_length=limit, eos_ids=frozenset())
+    label = str(settings.get("label", "model"))
+    return UnloadedModel(label, shape, getattr(torch, dtype), language, placed)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -8,28 +8,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quest_dist import cluster, figures, models, plan
 from quest_dist.cluster import Cluster
 from quest_dist.plan import Point, Spec
+from quest_dist.tasks.task import Task
 
 _CHOSEN = ("model", "method", "task")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A sweep's points, with the samples of each by key, and the figures that they are for."""
+
+    name: str
+    about: str
+    figures: tuple[str, ...]
+    points: tuple[Point, ...]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A checked sweep. `counts` and `metrics` map a point's key to its samples and metric."""
+    """A checked sweep: one part, or several in one launch (see quest_dist.parts), whose points are
+    run once however many parts they are in. `counts` and `metrics` map a point's key to its samples
+    and metric; `exclusive` are the keys of points that are times, and run alone on their device.
+    """
 
     name: str
     about: str
     output_dir: Path
-    figures: tuple[str, ...]
+    parts: tuple[Part, ...]
     points: tuple[Point, ...]
     counts: Mapping[str, int]
     metrics: Mapping[str, str]
+    exclusive: frozenset[str]
     cluster: Cluster
     tracking: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -49,8 +65,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     limit = config["limit"]
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1 sample, or null for all")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(config["name"])):
-        raise ValueError(f"name={config['name']!r}: letters, digits, '.', '_' and '-' only")
+    check_name(config["name"])
     figures.check(config["figures"])
     resources = Cluster(**config["cluster"])
     cluster.check(resources)
@@ -63,20 +78,36 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     protocol = _named(config["protocol"], "protocol")
     tasks, data = _tasks(config, specs["task"], protocol)
     points = plan.points(grid, config["exclude"], specs, data, protocol)
-    _check_methods(points, resources)
-    counts = {p.key: min(tasks[p.task.name][0], limit or tasks[p.task.name][0]) for p in points}
+    points = _timed_by_shape(points, tasks)
+    _check_lengths(points, tasks)
+    _check_methods(points, tasks, resources)
+    samples = {name: task.count() for name, task in tasks.items()}
+    counts = {p.key: min(samples[p.task.name], limit or samples[p.task.name]) for p in points}
+    name, about = str(config["name"]), str(config["about"])
     return Sweep(
-        name=str(config["name"]),
-        about=str(config["about"]),
-        output_dir=Path(config["output_dir"]).expanduser().absolute(),
-        figures=tuple(config["figures"]),
+        name=name,
+        about=about,
+        output_dir=output_dir(config),
+        parts=(Part(name, about, tuple(config["figures"]), tuple(points), counts),),
         points=tuple(points),
         counts=counts,
-        metrics={p.key: tasks[p.task.name][1] for p in points},
+        metrics={p.key: tasks[p.task.name].metric for p in points},
+        exclusive=frozenset(p.key for p in points if tasks[p.task.name].exclusive),
         cluster=resources,
         tracking=config["tracking"],
         config=config,
     )
+
+
+def output_dir(config: Mapping[str, Any]) -> Path:
+    """Where a configuration's results go."""
+    return Path(config["output_dir"]).expanduser().absolute()
+
+
+def check_name(name: object) -> None:
+    """Raise ValueError unless a sweep's name can name a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(name)):
+        raise ValueError(f"name={name!r}: letters, digits, '.', '_' and '-' only")
 
 
 def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
@@ -122,39 +153,56 @@ def _identified(spec: Spec) -> Spec:
 
 def _tasks(
     config: Mapping[str, Any], specs: Mapping[str, Spec], protocol: Spec
-) -> tuple[dict[str, tuple[int, str]], dict[str, Spec]]:
-    """The (number of samples, metric) and the data of each task of the grid."""
+) -> tuple[dict[str, Task], dict[str, Spec]]:
+    """The tasks of the grid, built, and the data that each reads."""
     source = _named(config["data"], "data")
     try:
         records = source.build()
     except ValueError as error:
         raise ValueError(f"data: {error}") from error
-    tasks: dict[str, tuple[int, str]] = {}
+    tasks: dict[str, Task] = {}
     data: dict[str, Spec] = {}
     for name in config["grid"]["task"]:
         try:
             task = specs[name].build(data=records, seed=0, protocol=dict(protocol.settings))
             count = task.count()
             data[name] = plan.with_content(source, task.identity())
-            _check_length(config, task.needs())
         except ValueError as error:
             raise ValueError(f"task {name}: {error}") from error
         if count < 1:
             raise ValueError(f"task {name}: there are no samples")
-        tasks[name] = (count, task.metric)
+        tasks[name] = task
     return tasks, data
 
 
-def _check_length(config: Mapping[str, Any], needs: int | None) -> None:
-    for name in config["grid"]["model"]:
-        holds = config["model"][name].get("max_length")  # null: the worker learns it by loading
+def _timed_by_shape(points: Sequence[Point], tasks: Mapping[str, Task]) -> list[Point]:
+    """The points, with the shape as the identity of a model whose weights are not needed."""
+    found: dict[str, Point] = {}
+    for point in points:
+        if not tasks[point.task.name].needs_weights:
+            try:
+                content = models.shape_identity(point.model.settings)
+            except ValueError as error:
+                text = str(error).replace("model.", f"model.{point.model.name}.", 1)
+                raise ValueError(f"task {point.task.name}: {text}") from error
+            point = replace(point, model=plan.with_content(point.model, content))
+        found.setdefault(point.key, point)
+    return list(found.values())
+
+
+def _check_lengths(points: Sequence[Point], tasks: Mapping[str, Task]) -> None:
+    for point in points:
+        needs = tasks[point.task.name].needs()
+        # null: the worker learns it by loading
+        holds = point.model.settings.get("max_length")
         if needs is not None and holds is not None and needs > holds:
             raise ValueError(
-                f"a sample takes {needs} tokens, more than model.{name}.max_length={holds}"
+                f"task {point.task.name}: a sample takes {needs} tokens, more than"
+                f" model.{point.model.name}.max_length={holds}"
             )
 
 
-def _check_methods(points: Sequence[Point], resources: Cluster) -> None:
+def _check_methods(points: Sequence[Point], tasks: Mapping[str, Task], resources: Cluster) -> None:
     built: dict[str, Any] = {}
     device = cluster.device_of(resources)
     for point in points:
@@ -173,6 +221,7 @@ def _check_methods(points: Sequence[Point], resources: Cluster) -> None:
             )
             if point.budget is not None:
                 built[name].check_budget(point.budget, point.page_size)
+            tasks[point.task.name].check_method(built[name])
         except ValueError as error:
             raise ValueError(f"method {name}: {error}") from error
 

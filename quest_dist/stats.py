@@ -36,9 +36,13 @@ RESAMPLES = 5000
 SEED = 0
 FEWEST_FOR_BOOTSTRAP = 8
 FEWEST_DIFFERENT = 5
-POINTS = frozenset({"f1", "rouge_l", "accuracy", "string_match_all"})  # samples lie in 0..100
+# Metrics whose samples lie in 0..100.
+POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall", "string_match_all"})
+TIMES = frozenset({"attention_us", "step_ms"})
 FEWEST_FOR_CLAIM = 5  # pairs below which nothing is called lossless, whatever their spread
-LOWER_IS_BETTER = frozenset({"perplexity"})
+LOWER_IS_BETTER = frozenset({"perplexity", "nll_increase", *TIMES})
+#: Metrics in which a method can be called lossless: faster or slower is another question.
+ACCURACIES = frozenset({*POINTS, "perplexity"}) - {"recall"}
 
 _Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
@@ -142,7 +146,7 @@ def recommendation(rows: Iterable[Row], delta: float = 2.0) -> list[str]:
     """One line a curve: from which budget on it is lossless, or why that cannot be said."""
     curves: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        if row.budget is not None and row.n:
+        if row.budget is not None and row.n and row.metric in ACCURACIES | {"points"}:
             curves.setdefault(row.curve, []).append(row)
     several_models = len({key[0] for key in curves}) > 1
     lines = []

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quest_dist import stats
+from quest_dist import details, stats
+from quest_dist.details import Dot
 
 if TYPE_CHECKING:
     from quest_dist.plan import Point
@@ -68,6 +69,16 @@ class Row:
     error: str
     model_label: str
     task_label: str
+    details: str = "{}"  # canonical JSON: see quest_dist.details
+
+    @property
+    def curve_dots(self) -> tuple[Dot, ...]:
+        """The point's own curve (perplexity by position, loss by layer, ...); mostly empty."""
+        return details.dots(self.details)
+
+    def fact(self, name: str) -> float:
+        """The mean of what was measured beside the score; NaN where it was not."""
+        return details.fact(self.details, name)
 
     @property
     def setting(self) -> tuple[object, ...]:
@@ -159,6 +170,7 @@ def _row(
         error=last_line(str(failures[0]["error"])) if failures else "",
         model_label=point.model.label,
         task_label=point.task.label,
+        details=details.summed(found, metric),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from quest_dist import cost
 from quest_dist.cluster import Workers, fit
@@ -18,19 +19,29 @@ SLICE_SECONDS = 900.0  # and never much longer than this, so that a lost worker 
 
 
 class Work:
-    """What is left to do, cut into units for the workers there are."""
+    """What is left to do: `units` that run side by side on `workers`, then `alone`, whose units
+    have the machine (of a cluster: one worker's device) to themselves, one after the other, on
+    `one`."""
 
     def __init__(
-        self, found: Sequence[Unit], workers: Workers, seconds: Callable[[Unit], float]
+        self,
+        found: Sequence[Unit],
+        alone: Sequence[Unit],
+        workers: Workers,
+        one: Workers,
+        seconds: Callable[[Unit], float],
     ) -> None:
-        self.units, self.workers, self.seconds = found, workers, seconds
+        self.units, self.alone = found, alone
+        self.workers, self.one, self.seconds = workers, one, seconds
 
     @classmethod
     def of(cls, sweep: Sweep, ledger: Ledger | None) -> Work:
         """Cut what `ledger` lacks of a sweep (None: everything)."""
         done = ledger.done if ledger is not None else nothing_done
         pace = ledger.pace if ledger is not None else no_pace
-        whole = units(sweep.points, sweep.counts, done, lambda row: 10**9)
+        timed = [point for point in sweep.points if point.key in sweep.exclusive]
+        beside = [point for point in sweep.points if point.key not in sweep.exclusive]
+        whole = units(beside, sweep.counts, done, lambda row: 10**9)
         workers = fit(sweep.cluster, max((cost.worker_bytes(u.points) for u in whole), default=1))
         gpu = workers.gpus > 0
 
@@ -45,21 +56,28 @@ class Work:
                 return sweep.cluster.samples_per_unit
             return round(target / cost.sample_seconds(row, workers.cpus, gpu, pace)) or 1
 
-        found = units(sweep.points, sweep.counts, done, size, seconds)
+        found = units(beside, sweep.counts, done, size, seconds)
+        alone = units(timed, sweep.counts, done, lambda row: 10**9, seconds)
+        one = fit(replace(sweep.cluster, workers=1), 1)
         count = max(1, min(workers.count, len(found)))
         if sweep.cluster.cpus_per_worker is None and sweep.cluster.address is None:
             # Fewer units than workers: the threads of the idle ones go to the others.
             workers = Workers(count, workers.cpus * workers.count // count, workers.gpus)
         else:
             workers = Workers(count, workers.cpus, workers.gpus)
-        return cls(found, workers, seconds)
+        return cls(found, alone, workers, one, seconds)
+
+    @property
+    def all_units(self) -> list[Unit]:
+        """Both kinds, in the order in which they run."""
+        return [*self.units, *self.alone]
 
     def wall(self) -> float:
         """Return the estimated seconds until the last unit ends, loading of models left out."""
         ends = [0.0] * self.workers.count
         for unit in self.units:
             ends[ends.index(min(ends))] += self.seconds(unit)
-        return max(ends)
+        return max(ends) + sum(map(self.seconds, self.alone))
 
 
 def nothing_done(key: str) -> set[int]:

@@ -9,9 +9,10 @@ does not load, the process dies) leaves this module as an exception.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,15 @@ from quest_dist.plan import Point, Unit, canonical
 
 if TYPE_CHECKING:
     from quest_dist.engine import Evaluated
-    from quest_dist.models import LoadedModel
+    from quest_dist.models import LoadedModel, UnloadedModel
     from quest_dist.tasks.task import Sample, Task
+
+    Evaluate = Callable[[LoadedModel | UnloadedModel, Sample, Sequence[Point]], list[Evaluated]]
 
 #: A measured mean of attended tokens may lie this far outside what the method planned.
 DENSITY_TOLERANCE = 1.0
 
-_loaded: dict[str, LoadedModel] = {}
+_loaded: dict[str, LoadedModel | UnloadedModel] = {}
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,18 @@ def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[st
     `unit` is `Unit.to_dict()` and `runtime` `Runtime.to_dict()`.
     """
     work = Unit.from_dict(unit)
-    loaded = _load(work, Runtime(**runtime))
     first = work.first
     task: Task = first.task.build(
         data=first.data.build(), seed=first.seed, protocol=dict(first.protocol.settings)
     )
+    loaded = _load(work, Runtime(**runtime), task.needs_weights)
     for index in work.samples:
         records = _sample(loaded, task, index, work.points)
         _release_memory(loaded)
         yield {"unit": work.key, "sample": index, "records": records}
 
 
-def _load(unit: Unit, runtime: Runtime) -> LoadedModel:
+def _load(unit: Unit, runtime: Runtime, weights: bool) -> LoadedModel | UnloadedModel:
     """The unit's model, loaded at most once in this process; an earlier one is dropped first."""
     device = "cuda" if runtime.gpus else "cpu"
     if device == "cpu":
@@ -69,14 +72,15 @@ def _load(unit: Unit, runtime: Runtime) -> LoadedModel:
     from quest_dist import models
 
     torch.set_num_threads(runtime.threads)
-    key = canonical([device, unit.first.model.to_dict()])
+    key = canonical([device, weights, unit.first.model.to_dict()])
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = models.load(unit.first.model.settings, device)
+        load = models.load if weights else models.unloaded
+        _loaded[key] = load(unit.first.model.settings, device)
     return _loaded[key]
 
 
-def _release_memory(loaded: LoadedModel) -> None:
+def _release_memory(loaded: LoadedModel | UnloadedModel) -> None:
     """Hand what a sample has freed back to the system, and to the workers that share the GPU.
 
     A scheduler runs units in threads other than the main one, whose heaps glibc never trims by
@@ -92,24 +96,24 @@ def _release_memory(loaded: LoadedModel) -> None:
 
 
 def _sample(
-    loaded: LoadedModel, task: Task, index: int, points: Sequence[Point]
+    loaded: LoadedModel | UnloadedModel, task: Task, index: int, points: Sequence[Point]
 ) -> list[dict[str, Any]]:
     try:
         sample = task.sample(index, loaded.language)
     except Exception as error:
         return [failed(point, task.metric, index, describe(error)) for point in points]
-    results = _evaluate(loaded, sample, points)
+    results = _evaluate(task, loaded, sample, points)
     return [_record(p, task, index, sample, r) for p, r in zip(points, results, strict=True)]
 
 
 def _evaluate(
-    loaded: LoadedModel, sample: Sample, points: Sequence[Point]
+    task: Task, loaded: LoadedModel | UnloadedModel, sample: Sample, points: Sequence[Point]
 ) -> list[Evaluated | Exception]:
     """Results in the order of the points. If the batch breaks, each method is tried by itself."""
-    from quest_dist import engine
-
+    module, _, name = task.evaluated_by.partition(":")
+    evaluate: Evaluate = getattr(importlib.import_module(module), name)
     try:
-        return list(engine.evaluate(loaded, sample, points))
+        return list(evaluate(loaded, sample, points))
     except Exception as error:
         _check_alive(loaded)
         methods = {point.method.canonical() for point in points}
@@ -118,12 +122,12 @@ def _evaluate(
     found: dict[str, Evaluated | Exception] = {}
     for method in sorted(methods):
         members = [point for point in points if point.method.canonical() == method]
-        results = _evaluate(loaded, sample, members)
+        results = _evaluate(task, loaded, sample, members)
         found |= {point.key: result for point, result in zip(members, results, strict=True)}
     return [found[point.key] for point in points]
 
 
-def _check_alive(loaded: LoadedModel) -> None:
+def _check_alive(loaded: LoadedModel | UnloadedModel) -> None:
     """Raise where an error has ended this process's use of its GPU, which only a new one gets
     back."""
     if loaded.device.type == "cuda":
@@ -145,9 +149,12 @@ def _record(
                 f" {low:.1f} to {high:.1f} planned"
             )
         score = float(task.score(sample, result.outcome))
+        curve = task.curve(sample, result.outcome)
     except Exception as error:
         return failed(point, task.metric, index, describe(error), sample)
     facts = {k: float(v) for k, v in sample.info.items() if type(v) in (int, float)}
+    found = result.outcome
+    details = {"curve": curve, "notes": dict(found.notes), "drawing": found.drawing}
     return failed(point, task.metric, index, "", sample) | {
         "error": None,
         "score": score,
@@ -158,7 +165,8 @@ def _record(
         "new_tokens": len(result.outcome.token_ids),
         "seconds": result.seconds,
         "prefill_seconds": result.prefill_seconds,
-        "metrics": facts,
+        "metrics": facts | dict(found.facts),
+        "details": {name: value for name, value in details.items() if value},
     }
 
 
@@ -185,6 +193,7 @@ def failed(
         "error": error,
         "metric": metric,
         "metrics": {},
+        "details": {},
     }
 
 

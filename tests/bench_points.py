@@ -24,6 +24,7 @@ QUESTS = ((64, "max"), (64, "per_query"))
 def tiny(dtype: torch.dtype, device: str = "cpu") -> Plan:
     """The summary's points and rows of both kinds, of a machine with 16 KB of cache."""
     points = [Point(TINY[name], 256, quests=QUESTS) for name in TINY]
+    points += [Point(TINY[name], 256, quests=QUESTS[:1], shuffled=True) for name in TINY]
     points += [Point(TINY["8b"], 256, 3, shared, QUESTS[:1]) for shared in (False, True)]
     sharing = [Point(TINY[name], 128, 5, shared=True) for name in TINY]
     place = Place(torch.device(device), 16 << 10, "the test")

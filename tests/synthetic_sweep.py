@@ -120,6 +120,7 @@ def record(of: plan.Point, sample: int, error: str | None = None) -> dict[str, A
         "finished_at": START + 5.0 * sample,
         "error": error,
         "metrics": {"entropy": 1.5},
+        "details": {},
     }
 
 

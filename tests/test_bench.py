@@ -32,6 +32,8 @@ def test_a_tiny_run_has_every_figure(dtype: torch.dtype, tmp_path: Path) -> None
     assert content["targets"] == Figures.targets
     assert list(content["summary"])[: len(Figures.targets)] == list(Figures.targets)
     assert all(math.isfinite(value) and value > 0 for value in content["summary"].values())
+    orders = {row["pages"] for row in content["rows"]}
+    assert orders == {"as handed out", "shuffled"}
     seen = {(row["shape"], row["rows"], row["prefix"], row["what"]) for row in content["rows"]}
     for what in ("read", "dense", "quest", "score", "select", "attend", "sdpa gqa", "sdpa folded"):
         assert ("8b", 1, None, what) in seen
@@ -57,6 +59,9 @@ def test_shared_rows_and_single_calls_compute_the_same() -> None:
         )
         assert torch.equal(alone.out[0], together[row])
     assert len(set(cache.table[:, -1].tolist())) == 5
+    assert cache.table[0].tolist() == [*range(7), 7]
+    shuffled = sides.filled(Point(TINY["8b"], 128, shuffled=True), 1, torch.float32)
+    assert shuffled.table[0].tolist() != list(range(8)) == sorted(shuffled.table[0].tolist())
     assert cache.table[:, :-1].unique(dim=0).shape[0] == 1
 
 
@@ -169,6 +174,8 @@ def test_the_default_grid_fits_and_holds_the_figures() -> None:
     assert [str(point) for point in (*quick.points, *quick.sharing)] == [
         "7b at 32768 tokens",
         "8b at 32768 tokens",
+        "7b at 32768 tokens, shuffled",
+        "8b at 32768 tokens, shuffled",
         "7b at 8192 tokens, 26 rows, shared prefix",
         "8b at 8192 tokens, 26 rows, shared prefix",
     ]

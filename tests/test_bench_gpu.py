@@ -54,6 +54,9 @@ def test_the_default_grid_of_a_gpu_fits_and_outgrows_its_cache() -> None:
         "7b at 32768 tokens",
         "8b at 32768 tokens",
         "8b at 131072 tokens",
+        "7b at 32768 tokens, shuffled",
+        "8b at 32768 tokens, shuffled",
+        "8b at 131072 tokens, shuffled",
     ]
     assert all((2048, "max") in point.quests for point in quick.points)
 

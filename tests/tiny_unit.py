@@ -58,6 +58,7 @@ def record(point: Point, index: int, error: str | None = None) -> dict[str, Any]
         "error": error,
         "metric": "accuracy",
         "metrics": {},
+        "details": {},
     }
 
 

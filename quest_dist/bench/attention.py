@@ -123,7 +123,7 @@ def _setting(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
             f"layers rotate: a call returns to a layer after at least {REUSE} x the last-level "
             f"cache of other memory was read; {READ} x for the read's own buffer"
         ),
-        "page_table": "random permutation of the pool's pages",
+        "page_table": "as the pool hands pages out, or a random permutation (shuffled)",
         "data": "normal keys, values and queries; other queries, hence lists, in every layer",
         "timing": CALLS if plan.record is None else PASSES,
         "ratios": "median over cycles of the ratio of two sides' medians in the same cycle",

@@ -49,12 +49,13 @@ class Figures:
         `shared_rows_ratio` is one call with 26 rows that share a prefix over 26 calls with one row,
         for the 7B shape: it computes 26 queries a key, the 8B shape (`_8b`) four times as many, so
         its bytes allow more. `dense_vs_best_read` divides dense's median by the best single read of
-        the whole run.
+        the whole run. `_shuffled`: the pages lie in random order in the pool.
         """
         quest, each = f"quest {self.budget} {self.lists}", f"quest {self.budget} per_query"
         pieces = f"pieces {self.budget} {self.lists}"
         best_read = max(rate for o in outcomes for visit in o.times.rate("read") for rate in visit)
         mha, gqa = (point_at(outcomes, *place) for place in self.places)
+        shuffled_mha, shuffled_gqa = (point_at(outcomes, *place, True) for place in self.places)
         dense = None if gqa is None else spread(gqa.times.rate("dense")).median
         return {
             "dense_vs_bandwidth": share(gqa, "dense", "read"),
@@ -68,6 +69,9 @@ class Figures:
             "quest_vs_dense_8b_per_query": faster(gqa, "dense", each),
             "score_select_vs_attend_7b": selecting(mha, pieces),
             "shared_rows_ratio_8b": shared(outcomes, "8b"),
+            "dense_vs_bandwidth_shuffled": share(shuffled_gqa, "dense", "read"),
+            "quest_vs_dense_8b_shuffled": faster(shuffled_gqa, "dense", quest),
+            "quest_vs_dense_7b_shuffled": faster(shuffled_mha, "dense", quest),
             "best_read_gbs": best_read / 1000,
         }
 
@@ -119,11 +123,14 @@ class GpuFigures(Figures):
         return accepted | found | {"copy_gbs": median(copies) / 1000 if copies else None}
 
 
-def point_at(outcomes: Sequence[Outcome], shape: str, context: int) -> Outcome | None:
-    """The shape's point of one row at this context."""
+def point_at(
+    outcomes: Sequence[Outcome], shape: str, context: int, shuffled: bool = False
+) -> Outcome | None:
+    """The shape's point of one row at this context, its pages in this order."""
     for outcome in outcomes:
         point = outcome.point
-        if (point.shape.name, point.context, point.rows) == (shape, context, 1):
+        found = (point.shape.name, point.context, point.rows, point.shuffled)
+        if found == (shape, context, 1, shuffled):
             return outcome
     return None
 

@@ -94,6 +94,7 @@ def planned(options: argparse.Namespace, place: Place) -> Plan:
         if not options.quick or (shape.name, context) in figures.places
         for point in _points(shape, context, rows, [b for b in budgets if b < context], figures)
     )
+    points += _shuffled(points, figures)
     sharing: tuple[Point, ...] = ()
     if options.rows is None:
         if not options.quick:
@@ -125,11 +126,23 @@ def _points(
     ]
 
 
+def _shuffled(points: Sequence[Point], figures: Figures) -> tuple[Point, ...]:
+    """The figures' points again, with the figures' budget, their pages in random order."""
+    quests = ((figures.budget, figures.lists),)
+    return tuple(
+        replace(point, quests=quests, shuffled=True)
+        for point in points
+        if point.rows == 1
+        and (point.shape.name, point.context) in figures.places
+        and quests[0] in point.quests
+    )
+
+
 def _batches(points: Sequence[Point]) -> tuple[Point, ...]:
     """Points of the 8B shape again, with several rows, separate and shared."""
     return tuple(
         replace(point, rows=BATCH_ROWS, shared=shared)
         for point in points
-        if point.shape.name == "8b" and point.context <= ROWS_CONTEXT
+        if point.shape.name == "8b" and point.context <= ROWS_CONTEXT and not point.shuffled
         for shared in (False, True)
     )

@@ -18,7 +18,7 @@ from quest_dist.bench.timing import Times, paired, spread
 from quest_dist.ops import REDUCTIONS
 
 COLUMNS = (
-    *("shape", "context", "rows", "prefix", "budget", "lists", "what", "calls"),
+    *("shape", "context", "rows", "prefix", "pages", "budget", "lists", "what", "calls"),
     *("us", "p10", "p90", "GB/s", "% of bandwidth", "x dense", "x sdpa"),
 )
 FLASHINFER_COLUMN = "x flashinfer"
@@ -77,6 +77,7 @@ class Outcome:
             point.context,
             point.rows,
             point.prefix if point.rows > 1 else None,
+            point.order,
             int(words[-2]) if quest else "all" if dense else None,
             words[-1] if quest else None,
             steps[0] if steps else what,

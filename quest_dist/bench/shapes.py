@@ -48,7 +48,8 @@ class Point:
 
     `shared`: the rows have one prefix, all but the last page. `quests` are the (budget, lists) to
     time beside dense; lists as in `ops.page_scores`: `max` and `mean` give one list a kv head,
-    `per_query` one a query head.
+    `per_query` one a query head. `shuffled`: pages lie in random order in the pool, not in that in
+    which it hands them out.
     """
 
     shape: Shape
@@ -56,16 +57,23 @@ class Point:
     rows: int = 1
     shared: bool = False
     quests: tuple[tuple[int, Reduce], ...] = ()
+    shuffled: bool = False
 
     def __str__(self) -> str:
         """For people."""
         prefix = "" if self.rows == 1 else f", {self.rows} rows, {self.prefix} prefix"
-        return f"{self.shape.name} at {self.context} tokens{prefix}"
+        order = ", shuffled" if self.shuffled else ""
+        return f"{self.shape.name} at {self.context} tokens{prefix}{order}"
 
     @property
     def prefix(self) -> str:
         """The word in the table."""
         return "shared" if self.shared else "separate"
+
+    @property
+    def order(self) -> str:
+        """Of the pages in the pool: the word in the table."""
+        return "shuffled" if self.shuffled else "as handed out"
 
     @property
     def pages(self) -> int:

@@ -1,7 +1,7 @@
 """Sides: a filled cache, and what the attention benchmark times on it.
 
 Every layer of a cache is a buffer of the rotation: the same keys and values, other queries, hence
-other lists of pages. Pages are in random order in the pool, as they are after some use.
+other lists of pages. A row's pages lie one after another, as a pool hands them out, or shuffled.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def filled(
     kv, meta = ops.allocate_pages(
         layers, point.pages, shape.kv_heads, PAGE_SIZE, shape.head_dim, dtype, device
     )
-    order = torch.randperm(point.pages, generator=random).int().to(device)
+    order = torch.arange(point.pages)
+    if point.shuffled:
+        order = torch.randperm(point.pages, generator=random)
+    order = order.int().to(device)
     if point.shared:
         prefix, own = order[:-rows], order[-rows:, None]
         table = torch.cat((prefix.expand(rows, -1), own), dim=1).contiguous()

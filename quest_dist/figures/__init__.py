@@ -3,7 +3,8 @@
 `draw(name, rows, directory, caption)` writes <name>.png, <name>.pdf and <name>.csv; the CSV holds
 exactly what was plotted, with the verdict on each point. Partial tables draw what they have and say
 what is missing. matplotlib is imported by the modules of this folder only, and only when drawing.
-A figure is a module with `takes(row)` and `draw(rows, caption)`.
+A figure is a module of this folder, named fig* or table* (or `curves`), with `takes(row)` and
+`draw(rows, caption)`, and `verdicts(rows)` where it is judged otherwise than point by point.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import csv
 import importlib
 import math
+import pkgutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
     from quest_dist.figures.caption import Caption
     from quest_dist.figures.paper import Verdict
 
-NAMES = ("fig06", "fig07", "table1", "curves")
+NAMES = tuple(
+    module.name
+    for module in pkgutil.iter_modules(__path__)
+    if module.name.startswith(("fig", "table", "curves"))
+)
 
 
 def check(names: Iterable[str]) -> None:
@@ -54,13 +60,19 @@ def draw(
     return [*paths, data]
 
 
-def verdict(name: str, rows: Sequence[Row]) -> Verdict:
-    """How a figure stands to the paper: reproduced, within interval, differs, or why not."""
+def verdicts(name: str, rows: Sequence[Row]) -> dict[str, Verdict]:
+    """How a figure stands to the paper, by the name of each of its parts that the paper has.
+
+    Most figures have one part, under their own name; Figure 8 has fig08a, fig08b, fig08_topk.
+    """
     check([name])
     from quest_dist.figures import paper
 
     module: Any = importlib.import_module(f"quest_dist.figures.{name}")
-    return paper.overall(name, [row for row in rows if module.takes(row)])
+    taken = [row for row in rows if module.takes(row)]
+    if hasattr(module, "verdicts"):
+        return dict(module.verdicts(taken))
+    return {name: paper.overall(name, taken)}
 
 
 def _write(path: Path, plotted: Sequence[dict[str, Any]]) -> None:

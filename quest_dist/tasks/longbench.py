@@ -9,7 +9,7 @@ from quest_dist.tasks.metrics import best
 from quest_dist.tasks.prompt import Language, Protocol, unknown
 from quest_dist.tasks.prompts import FORMS
 from quest_dist.tasks.sources import Form, Record, Source
-from quest_dist.tasks.task import Outcome, Sample
+from quest_dist.tasks.task import Outcome, Sample, Task
 
 METRIC_CHOICES = ("f1", "rouge_l")
 
@@ -27,7 +27,7 @@ def fill(form: Form, record: Record) -> tuple[str, int]:
     return body, len(body) - len(after) + max(found, 0)
 
 
-class LongBench:
+class LongBench(Task):
     """One LongBench dataset: its prompt, length limit, answer length and metric.
 
     `max_new_tokens: null` takes the official number (or the generated family's own).

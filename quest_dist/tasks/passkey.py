@@ -16,7 +16,7 @@ from quest_dist.tasks.fit import largest
 from quest_dist.tasks.metrics import best
 from quest_dist.tasks.prompt import Language, Protocol
 from quest_dist.tasks.sources import Source
-from quest_dist.tasks.task import Outcome, Sample
+from quest_dist.tasks.task import Outcome, Sample, Task
 
 OPENING = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -44,7 +44,7 @@ def passkey_text(key: int, depth: float, sentences: int) -> str:
     return "\n".join([OPENING, parts[0], KEY_LINE.format(key=key), parts[1], QUESTION])
 
 
-class Passkey:
+class Passkey(Task):
     """Retrieve the key; 100 where the first integer of the answer is the key.
 
     `length` counts the tokens of context and tail together and is met within one filler sentence.

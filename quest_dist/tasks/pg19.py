@@ -13,14 +13,14 @@ from typing import Any
 
 from quest_dist.tasks.prompt import Language, Protocol
 from quest_dist.tasks.sources import Source
-from quest_dist.tasks.task import Outcome, Sample
+from quest_dist.tasks.task import Outcome, Sample, Task
 
 SPAN = 6
 """Characters of prose reserved a token: more than English takes in any common vocabulary."""
 VERSION = 1
 
 
-class PG19:
+class PG19(Task):
     """Mean negative log-likelihood in nats of `tokens` tokens after `prefill` tokens of a book."""
 
     metric = "perplexity"

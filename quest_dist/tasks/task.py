@@ -1,4 +1,4 @@
-"""Sample, Outcome and Task: what an evaluation hands to the engine, and what it gets back.
+"""Sample, Outcome and Task: what is handed to an evaluation, and what it gives back.
 
 A task turns a data source into samples of token ids and decoded text into a score. It never sees
 a model: this module and everything beside it imports neither torch nor transformers, so a plan can
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from quest_dist.tasks.prompt import Language
@@ -60,17 +60,34 @@ class Outcome:
     nll: tuple[float, ...] = ()
     """Nats of tail[1], tail[2], ... when `Sample.score_tail`: one for each step that predicts a
     token of the tail. (tail[0] is predicted by the dense prefill, which no method touches.)"""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the evaluation measured beside what is scored, such as the parts of a time."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """(x, y) pairs of an evaluation that gives more than one number; the task says what x is."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Texts to keep beside the score, such as the device that a time was measured on."""
+    drawing: Mapping[str, Any] | None = None
+    """Plain JSON that the task's figure draws as it is; of a point, its first sample's is kept."""
 
 
 class Task(Protocol):
     """A benchmark over one data source.
 
-    `metric` is one of 'f1', 'rouge_l', 'accuracy', 'string_match_all' (scores 0..100, higher is
-    better) and 'perplexity' (a score is the mean negative log-likelihood in nats of one sample; the
-    aggregate of a point is exp of the mean, lower is better).
+    `metric` names the unit of a score (see quest_dist.stats): 'f1', 'rouge_l', 'accuracy',
+    'string_match_all' and 'recall' are 0..100, higher is better; 'perplexity' samples are mean
+    negative log-likelihoods in nats, and a point's value is exp of their mean; 'attention_us' and
+    'step_ms' are times.
     """
 
     metric: str
+    evaluated_by: ClassVar[str] = "quest_dist.engine:evaluate"
+    """What a worker calls for a sample: module:function of (loaded, sample, points)."""
+    exclusive: ClassVar[bool] = False
+    """True: what is measured is time, so nothing else may run on the device meanwhile."""
+    needs_weights: ClassVar[bool] = True
+    """False: the model's shape will do, and nothing is loaded or downloaded for it."""
+    x: ClassVar[str] = ""
+    """What the x of its curve is, in figures' words; empty for a task without a curve."""
 
     def identity(self) -> dict[str, Any]:
         """Return what the records are (source, content digest): part of a point's key, no paths."""
@@ -84,10 +101,17 @@ class Task(Protocol):
         """Return the tokens a model must hold; None where prompts are cut to what it holds."""
         ...
 
+    def check_method(self, method: Any) -> None:
+        """Raise ValueError for a method that this task cannot run; any by default."""
+
     def sample(self, index: int, language: Language) -> Sample:
         """Build sample `index` in the tokens of `language`; ValueError where it cannot be built."""
         ...
 
     def score(self, sample: Sample, outcome: Outcome) -> float:
-        """Score one outcome: 0..100, or the mean NLL in nats for perplexity."""
+        """Score one outcome, in the metric's unit for one sample."""
         ...
+
+    def curve(self, sample: Sample, outcome: Outcome) -> tuple[tuple[float, float], ...]:
+        """Return (x, y) pairs of one outcome, y in the unit of a score; none by default."""
+        return outcome.curve
