@@ -24,7 +24,7 @@ from quest_dist.tasks.fit import largest
 from quest_dist.tasks.metrics import string_match_all
 from quest_dist.tasks.passkey import FILLER
 from quest_dist.tasks.prompt import Language, Protocol
-from quest_dist.tasks.task import Outcome, Sample
+from quest_dist.tasks.task import Outcome, Sample, Task
 
 VERSION = 1
 """Raised when a change in any of these tasks changes any sample."""
@@ -49,7 +49,7 @@ class Exercise:
         return Exercise(solved + self.material, self.question, self.begun)
 
 
-class Ruler(ABC):
+class Ruler(Task, ABC):
     """A task of RULER. Subclasses say what is hidden, and the text with so much filler around."""
 
     metric = "string_match_all"
