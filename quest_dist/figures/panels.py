@@ -22,6 +22,7 @@ METRICS = {
     "f1": "F1",
     "rouge_l": "ROUGE-L",
     "accuracy": "accuracy, %",
+    "string_match_all": "answers found, %",
     "perplexity": "perplexity (lower is better)",
 }
 Plotted = list[dict[str, Any]]
