@@ -22,6 +22,8 @@ METRICS = {
     "f1": "F1",
     "rouge_l": "ROUGE-L",
     "accuracy": "accuracy, %",
+    "recall": "recall, %",
+    "attention": "attention, %",
     "perplexity": "perplexity (lower is better)",
 }
 Plotted = list[dict[str, Any]]
