@@ -25,11 +25,16 @@ HOLDS, WITHIN, FAILS = "holds", "within interval", "fails"
 
 @dataclass(frozen=True)
 class Step:
-    """Two rows of neighbouring tiers at one budget; `lead` is how much better the first one is."""
+    """Two rows of neighbouring tiers at one budget; `lead` is how much better the first one is.
+
+    `bound` is the page oracle at that budget: where it is hardly ahead of `worse` itself, whole
+    pages are too coarse, and no estimate of them could do better.
+    """
 
     better: Row
     worse: Row
     lead: Estimate
+    bound: Row | None = None
 
     @property
     def verdict(self) -> str:
@@ -42,7 +47,8 @@ class Step:
         low, high = self.lead.low, self.lead.high
         span = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
         names = f"{self.better.label} - {self.worse.label} at {self.better.budget}"
-        return f"{names}: {self.lead.value:+.1f}{span}"
+        bound = f", {self.bound.label} {self.bound.score:.1f}" if self.bound else ""
+        return f"{names}: {self.lead.value:+.1f}{span}{bound}"
 
 
 def steps(rows: Sequence[Row], records: Records | None = None) -> list[Step]:
@@ -52,11 +58,13 @@ def steps(rows: Sequence[Row], records: Records | None = None) -> list[Step]:
         if row.budget is not None and row.n:
             where = (*row.setting, row.task, row.page_size, row.dense_layers)
             groups.setdefault((*where, row.budget), []).append(row)
-    return [
-        Step(better, worse, _lead(better, worse, records))
-        for members in groups.values()
-        for better, worse in _neighbours(members)
-    ]
+    found = []
+    for members in groups.values():
+        oracle = next((row for row in members if row.method == "oracle_page"), None)
+        for better, worse in _neighbours(members):
+            bound = None if oracle in (better, worse) else oracle
+            found.append(Step(better, worse, _lead(better, worse, records), bound))
+    return found
 
 
 def statements(rows: Sequence[Row], records: Records | None = None) -> list[str]:
@@ -109,7 +117,9 @@ def _paired(better: Row, worse: Row, records: Records) -> Estimate:
         for row in (better, worse)
     ]
     shared = sorted(scores[0].keys() & scores[1].keys())
-    return stats.paired([scores[0][s] for s in shared], [scores[1][s] for s in shared], better.metric)
+    return stats.paired(
+        [scores[0][s] for s in shared], [scores[1][s] for s in shared], better.metric
+    )
 
 
 def _independent(better: Row, worse: Row) -> Estimate:
