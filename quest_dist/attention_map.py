@@ -96,8 +96,9 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     """The map of one head over `sample`'s text, the same for all `points` (of full attention).
 
     Facts, in percent: attention to the critical token by the last query (`critical_last`) and by
-    those before it (`critical_before`), and the last query's to the other token (`other_last`). The
-    curve is attention to the critical token by query. ValueError where the head asked for is none.
+    those before it (`critical_before` is their mean, `critical_largest` the largest of them), and
+    the last query's to the other token (`other_last`). The curve is attention to the critical token
+    by query. ValueError where the head asked for is none.
     """
     check_sample(sample, loaded.language.max_length)
     critical, other = int(sample.info["critical"]), int(sample.info["other"])
@@ -115,6 +116,7 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
         facts={
             "critical_last": float(last),
             "critical_before": float(before),
+            "critical_largest": float(shown[critical:-1, critical].max()),
             "other_last": float(shown[-1, other]),
         },
         curve=tuple((float(i), float(shown[i, critical])) for i in range(critical, len(tokens))),

@@ -1,10 +1,10 @@
 """Recall: how many of the tokens that matter most to dense attention does a method select?
 
-One row is decoded densely, and every point is asked in its *shadow*: in each layer of each step its
-method sees that row's queries and cache, selects, attends, and observes the probabilities of its own
-selection, but the hidden states go on from the dense output. So all selections are compared on
-identical queries, and no method suffers for what it selected before (those that evict still do not
-get back what they let go).
+One row is decoded densely, and every point is asked in its *shadow*: in each layer of each step
+its method sees that row's queries and cache, selects, attends, and observes the probabilities of
+its own selection, but the hidden states go on from the dense output. So all selections are compared
+on identical queries, and no method suffers for what it selected before (those that evict still do
+not get back what they let go).
 
 Recall of a step, layer and query head is the share of that head's tokens of highest q.k, the new
 token among the candidates, that the selected set holds. Means go over query heads, the layers that

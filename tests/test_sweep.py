@@ -22,7 +22,14 @@ from quest_dist.plan import Point
 from quest_dist.prepare import prepare
 
 SWEEPS = compose.sweep_files()
-POINTS = {"longbench_budgets": 156, "passkey": 36, "pg19": 21, "smoke": 10}
+POINTS = {
+    "longbench_budgets": 156,
+    "passkey": 36,
+    "pg19": 21,
+    "smoke": 10,
+    "recall": 36,
+    "attention_map": 1,
+}
 
 
 def grid_points(name: str, *overrides: str) -> tuple[Point, ...]:
