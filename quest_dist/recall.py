@@ -11,7 +11,7 @@ token among the candidates, that the selected set holds. Means go over query hea
 are not exempt, and decode steps.
 
 Invariants: the dense row's tokens are those of full attention alone; a shadow writes nothing and
-does not depend on the shadows beside it; selecting everything is 100, by definition.
+its recall does not depend on the shadows beside it; selecting everything is 100, by definition.
 """
 
 from __future__ import annotations
