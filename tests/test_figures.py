@@ -17,7 +17,14 @@ from quest_dist.table import Row
 
 CAPTION = Caption(hardware="2 CPU cores", commit="1a2b3c4", date="2026-11-21")
 FEW = {"methods": ("full", "quest", "h2o"), "budgets": (256, 512)}
-TASK_OF = {"fig06": "pg19", "fig07": "qasper", "table1": "passkey", "curves": "qasper"}
+TASK_OF = {
+    "fig02": "attention_map",
+    "fig04": "recall",
+    "fig06": "pg19",
+    "fig07": "qasper",
+    "table1": "passkey",
+    "curves": "qasper",
+}
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -22,7 +22,15 @@ from quest_dist.plan import Point
 from quest_dist.prepare import prepare
 
 SWEEPS = compose.sweep_files()
-POINTS = {"longbench_budgets": 156, "passkey": 72, "pg19": 21, "ruler": 84, "smoke": 10}
+POINTS = {
+    "attention_map": 1,
+    "longbench_budgets": 156,
+    "passkey": 72,
+    "pg19": 21,
+    "recall": 36,
+    "ruler": 84,
+    "smoke": 10,
+}
 
 
 def grid_points(name: str, *overrides: str) -> tuple[Point, ...]:
