@@ -177,12 +177,9 @@ def _decode(
         position += 1
         if sample.score_tail and number + 1 < len(sample.tail):
             target = torch.full((len(rows),), sample.tail[number + 1], device=logits.device)
-            for row, nll in zip(
-                rows,
-                torch.nn.functional.cross_entropy(logits, target, reduction="none"),
-                strict=True,
-            ):
-                row.nll.append(float(nll))
+            nlls = torch.nn.functional.cross_entropy(logits, target, reduction="none").tolist()
+            for row, nll in zip(rows, nlls, strict=True):
+                row.nll.append(nll)
     alive = list(rows)
     for step in range(sample.max_new_tokens):
         tokens = logits.argmax(-1).tolist()
