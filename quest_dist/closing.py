@@ -33,6 +33,12 @@ def results(rows: Sequence[Row], out: Console) -> None:
         out.print(_panel(panel))
 
 
+def heading(name: str, about: str, out: Console) -> None:
+    """Print where one part of a launch begins."""
+    out.print()
+    out.rule(f"[bold]{escape(name)}[/]: {escape(about)}", align="left")
+
+
 def plan(
     points: Sequence[Point],
     counts: Mapping[str, int],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from quest_dist import closing, cost, figures, overview, schedule, stats, table
 from quest_dist.cluster import device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
+from quest_dist.parts import combined
 from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
 from quest_dist.progress import Progress, clock
@@ -36,14 +37,15 @@ def run(
     provenance: Provenance | None = None,
     run_unit: str = schedule.WORKER,
     out: Console | None = None,
+    parts: Sequence[Mapping[str, Any]] = (),
 ) -> int:
     """Run (or plan) a composed configuration; return the exit status.
 
-    `run_unit` names what workers call, as module:function. Raises ValueError for mistakes of the
-    user.
+    `run_unit` names what workers call, as module:function; `parts` are the configurations of the
+    sweeps that `config` puts together. Raises ValueError for mistakes of the user.
     """
     out = out or closing.console()
-    sweep = prepare(config)
+    sweep = combined(config, parts) if parts else prepare(config)
     if config["plan"]:
         return _plan(sweep, out)
     with lock(sweep.output_dir), Ledger(sweep.output_dir / "ledger.db") as ledger:
@@ -160,11 +162,17 @@ def _close(
     out: Console,
 ) -> int:
     rows = _rows(sweep, ledger)
-    files = _files(sweep, rows, provenance)
-    everything = [*rows, *overview.average(rows)]
-    advice = stats.recommendation(everything)
-    closing.results(everything, out)
-    out.print("\n".join(["", *overview.resolved(advice)]), markup=False, soft_wrap=True)
+    by_part = [table.rows(part.points, ledger, part.counts) for part in sweep.parts]
+    files = _files(sweep, rows, by_part, provenance)
+    advice: list[str] = []
+    for part, own in zip(sweep.parts, by_part, strict=True):
+        everything = [*own, *overview.average(own)]
+        if len(by_part) > 1:
+            closing.heading(part.name, part.about, out)
+        closing.results(everything, out)
+        found = stats.recommendation(everything)
+        out.print("\n".join(["", *overview.resolved(found)]), markup=False, soft_wrap=True)
+        advice += found
     look: list[str] = []
     if tracker is not None and tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice)):
         look = [tracker.command(), tracker.url()]
@@ -175,8 +183,14 @@ def _close(
     return FINISHED if ledger.complete(sweep.points, sweep.counts) else INCOMPLETE
 
 
-def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[Path]:
-    """Write the table and draw the figures; a date in a picture is that of its newest record."""
+def _files(
+    sweep: Sweep,
+    rows: Sequence[table.Row],
+    by_part: Sequence[Sequence[table.Row]],
+    provenance: Provenance,
+) -> list[Path]:
+    """Write the table and draw the figures of each part from its own rows; a date in a picture is
+    that of the newest record."""
     from quest_dist.figures.caption import Caption
 
     sweep.directory.mkdir(parents=True, exist_ok=True)
@@ -189,7 +203,11 @@ def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[
         date=time.strftime("%Y-%m-%d", time.gmtime(newest)),
         command=provenance.command,
     )
-    drawn = (figures.draw(name, rows, sweep.directory, caption) for name in sweep.figures)
+    drawn = [
+        figures.draw(name, own, sweep.directory, caption)
+        for part, own in zip(sweep.parts, by_part, strict=True)
+        for name in part.figures
+    ]
     return [listing, *(path for paths in drawn for path in paths)]
 
 

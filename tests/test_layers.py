@@ -35,6 +35,7 @@ LAYERS = (
     ("attention", "models", "overview", "projection"),
     ("engine", "latency", "figures/", "mlflow_store", "tracker", "provenance"),
     ("worker", "prepare"),
+    ("parts",),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),
     ("launch", "compose", "mistakes"),
     ("sweep", "bench/"),

@@ -22,7 +22,7 @@ from quest_dist.plan import Point
 from quest_dist.prepare import prepare
 
 SWEEPS = compose.sweep_files()
-POINTS = {"longbench_budgets": 156, "passkey": 36, "pg19": 21, "smoke": 10}
+POINTS = {"longbench_budgets": 156, "passkey": 72, "pg19": 21, "smoke": 10}
 
 
 def grid_points(name: str, *overrides: str) -> tuple[Point, ...]:
@@ -219,7 +219,7 @@ def test_a_plan_says_what_would_run_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     status, out, _ = command(capsys, "+sweep=passkey", "plan=true")
     assert status == 0
-    assert "36 points, 360 records" in out
+    assert "72 points, 720 records" in out
     assert "GiB a worker" in out
     assert "nothing was run" in out
     assert list(tmp_path.iterdir()) == []
@@ -264,3 +264,15 @@ def test_a_closing_table_counts_samples_and_cuts(tmp_path: Path) -> None:
         out = Console(file=(text := io.StringIO()), width=120)
         closing.results(shown, out)
         assert said in text.getvalue()
+
+
+def test_table_1_takes_each_length_with_its_own_model_and_budgets() -> None:
+    points = grid_points("passkey", "profile=paper", "data=generated")
+    found: dict[tuple[str, str], set[int]] = {}
+    for point in points:
+        budgets = found.setdefault((point.task.name, point.model.name), set())
+        budgets |= {point.budget} - {None}
+    assert found == {
+        ("passkey", "longchat_7b"): {32, 64, 128, 256, 512},
+        ("passkey_long", "yarn_llama2_7b_128k"): {256, 512, 1024, 2048, 4096},
+    }

@@ -44,7 +44,7 @@ def test_tasks(path, tmp_path):
 
 
 def test_there_is_a_file_for_every_task_of_the_paper():
-    assert {path.stem for path in files("task")} == {*FORMS, "passkey", "pg19"}
+    assert {path.stem for path in files("task")} == {*FORMS, "passkey", "passkey_long", "pg19"}
 
 
 @pytest.mark.parametrize("path", files("model"), ids=ids)
