@@ -47,7 +47,7 @@ class Evaluated:
 
 
 @dataclass
-class _Row:
+class Decoded:
     """A row on its way: which point it is and what it has produced."""
 
     point: int
@@ -80,11 +80,11 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     groups, order = groups_of(points)
     page_size = points[0].page_size
     with patch(loaded.model, lambda rows: groups, page_size) as patched:
-        started = _now(loaded.device)
+        started = now(loaded.device)
         prefix = prefill(loaded, patched, sample, groups, len(order))
-        prefilled = _now(loaded.device)
-        rows, measured = _decode(loaded, sample, prefix.fork(groups), order)
-        finished = _now(loaded.device)
+        prefilled = now(loaded.device)
+        rows, measured = decode(loaded, sample, prefix.fork(groups), order)
+        finished = now(loaded.device)
     share = (finished - prefilled) / len(order)
     results: dict[int, Evaluated] = {}
     for row, counted in zip(rows, measured, strict=True):
@@ -119,7 +119,7 @@ def check_sample(sample: Sample, max_length: int) -> None:
         )
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """The clock once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -163,12 +163,15 @@ def _forward(
     return logits.float()
 
 
-def _decode(
+def decode(
     loaded: LoadedModel, sample: Sample, batch: Batch, order: Sequence[int]
-) -> tuple[list[_Row], list[Measured]]:
-    """Feed the tail to all rows, then generate; the rows in batch order with what was measured."""
+) -> tuple[list[Decoded], list[Measured]]:
+    """Feed the tail to all rows, then generate; the rows in batch order with what was measured.
+
+    `order` names the point of each row.
+    """
     cache = PagedCache(batch)
-    rows = [_Row(point, [], []) for point in order]
+    rows = [Decoded(point, [], []) for point in order]
     measured = list(batch.measured)
     position = len(sample.context)
     logits = torch.empty(0)
