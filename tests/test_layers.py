@@ -33,7 +33,7 @@ LAYERS = (
     ("pool", "batch", "methods/", "bundled", "details"),
     ("table",),
     ("attention", "models", "overview", "projection"),
-    ("engine", "latency", "figures/", "mlflow_store", "tracker", "provenance"),
+    ("engine", "sparsity", "latency", "figures/", "mlflow_store", "tracker", "provenance"),
     ("worker", "prepare"),
     ("parts",),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),

@@ -23,6 +23,7 @@ METRICS = {
     "rouge_l": "ROUGE-L",
     "accuracy": "accuracy, %",
     "perplexity": "perplexity (lower is better)",
+    "nll_increase": "increase in nats (lower is better)",
 }
 Plotted = list[dict[str, Any]]
 
