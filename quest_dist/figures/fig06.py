@@ -25,7 +25,7 @@ from quest_dist.figures.paper import Verdict
 from quest_dist.table import Row, pivot
 
 NAME = "fig06"
-PANEL, LEGEND = 3.0, 0.56  # inches
+PANEL, LEGEND = 3.0, 0.36  # inches
 #: The largest difference in perplexity, up to the budget, that arithmetic alone may make.
 COINCIDES = 1e-6
 
@@ -43,7 +43,8 @@ def verdicts(rows: Sequence[Row]) -> dict[str, Verdict]:
 def draw(rows: Sequence[Row], caption: Caption) -> tuple[Figure, panels.Plotted]:
     """Two panels a text and setting, one line a method and budget."""
     found = pivot(rows)
-    notes = ["Bands: 95 % intervals of the difference from full on the same books"]
+    bands = "Bands: 95 % intervals of the difference from full on the same books"
+    notes = [f"{bands}, cut where the lines would be lost" if _cut(rows) else bands]
     budgets = sorted({row.budget for row in rows if row.budget})
     said = ", ".join(map(str, budgets))
     notes.append(
@@ -77,14 +78,14 @@ def draw(rows: Sequence[Row], caption: Caption) -> tuple[Figure, panels.Plotted]
             label = _label(row, members)
             handles.setdefault(label, _handle(row, label, members))
             plotted += _lines(values, differences, row, label, members)
-        _zoom(values, members)
+        _zoom(values, differences, members)
     order = sorted(handles.values(), key=lambda handle: handle.get_linestyle() == "--")
     if any(line["series"] == "paper" for line in plotted):
         order.append(panels.paper_handle())
     figure.legend(
         handles=order,
         loc="upper left",
-        bbox_to_anchor=(0.005, top + (LEGEND + 0.04) / height),
+        bbox_to_anchor=(0.005, top + (LEGEND + 0.02) / height),
         ncols=min(len(order), 7),
         handlelength=2.2,
         columnspacing=1.4,
@@ -192,8 +193,23 @@ def _lines(
     return plotted
 
 
-def _zoom(values: Axes, members: Sequence[Row]) -> None:
+def _reach(members: Sequence[Row]) -> tuple[float, float]:
+    """The differences that are shown: where the lines run, and as much again on either side."""
+    every = [dot.value for row in members for dot in row.versus_full] or [0.0]
+    low, high = min(0.0, *every), max(0.0, *every)
+    room = (high - low) or 1.0
+    return low - room, high + room
+
+
+def _cut(members: Sequence[Row]) -> bool:
+    """Whether a band goes beyond what is shown."""
+    low, high = _reach(members)
+    return any(dot.low < low or dot.high > high for row in members for dot in row.versus_full)
+
+
+def _zoom(values: Axes, differences: Axes, members: Sequence[Row]) -> None:
     """Show where the lines run once the first few positions, each of few tokens, are past."""
+    differences.set_ylim(*_reach(members))
     every = [dot for row in members for dot in row.curve_dots]
     if not every:
         return
