@@ -17,7 +17,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from quest_dist import mistakes
 from quest_dist.cluster import Cluster
@@ -116,6 +120,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is not set: give it as {error.full_key}=...") from None
+    except InterpolationKeyError as error:
+        raise ValueError(f"{error.full_key}: {_one_line(str(error.msg).splitlines()[0])}") from None
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(str(error))) from None
     assert isinstance(container, dict)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quest_dist import closing, cost, figures, overview, schedule, stats, table
+from quest_dist import closing, estimate, figures, overview, schedule, stats, table
 from quest_dist.cluster import device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
 from quest_dist.parts import combined
 from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
-from quest_dist.progress import Progress, clock
+from quest_dist.progress import Progress
 from quest_dist.provenance import Provenance
 from quest_dist.work import Work, nothing_done
 from quest_dist.worker import failed
@@ -52,6 +52,7 @@ def run(
         ledger.add_points(sweep.points)
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
+        _refuse(sweep, ledger, work)
         launched = provenance or Provenance()
         if launched.config:
             launched.save(sweep.directory / "hydra")
@@ -68,17 +69,7 @@ def _plan(sweep: Sweep, out: Console) -> int:
     with Ledger(path) if path.exists() else contextlib.nullcontext() as ledger:
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
-        closing.plan(sweep.points, sweep.counts, ledger.done if ledger else nothing_done, out)
-        memory = max((cost.worker_bytes(unit.points) for unit in work.all_units), default=0)
-        measured = ledger is not None and any(
-            ledger.pace(u.first.model.name, u.first.task.name) for u in work.all_units
-        )
-        basis = "from the ledger's own measurements" if measured else "a rough guess before any run"
-        out.print(
-            f"about {clock(work.wall())} and {memory / 2**30:.1f} GiB a worker ({basis});"
-            " nothing was run",
-            markup=False,
-        )
+        estimate.show(sweep, work, ledger, out)
     return FINISHED
 
 
@@ -93,6 +84,23 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
     line += f"; {left} units left" if left else "; nothing left to run"
     line += f", {len(work.alone)} of them timed alone" if work.alone else ""
     out.print(f"[bold]{line}[/]")
+    for refused in work.refused:
+        place = refused.unit.first
+        said = f"not begun: {place.task.name} on {place.model.name}: {refused.reason}"
+        out.print(said, style="yellow", markup=False, soft_wrap=True)
+
+
+def _refuse(sweep: Sweep, ledger: Ledger, work: Work) -> None:
+    """Keep in the ledger, as failures, what is not begun; ValueError where that is everything."""
+    if work.refused and not work.all_units:
+        unit, reason = work.refused[0]
+        raise ValueError(f"{unit.first.task.name} on {unit.first.model.name}: {reason}")
+    for unit, reason in work.refused:
+        ledger.add(
+            failed(point, sweep.metrics[point.key], sample, f"not begun: {reason}")
+            for point in unit.points
+            for sample in unit.samples
+        )
 
 
 def _run(

@@ -75,7 +75,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     _check_models(specs["model"], grid["model"], cluster.device_of(resources))
     for name in grid["model"]:
         specs["model"][name] = _identified(specs["model"][name])
-    protocol = _named(config["protocol"], "protocol")
+    protocol = protocol_of(config["protocol"])
     tasks, data = _tasks(config, specs["task"], protocol)
     points = plan.points(grid, config["exclude"], specs, data, protocol)
     points = _timed_by_shape(points, tasks)
@@ -119,6 +119,12 @@ def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
                 f" 'grid.{group}=[NAME]'"
             )
     return {name: Spec(name, settings) for name, settings in options.items()}
+
+
+def protocol_of(settings: Mapping[str, Any]) -> Spec:
+    """Return the protocol; its `dense_layers` has reached the grid and is each point's own."""
+    content = {key: value for key, value in settings.items() if key != "dense_layers"}
+    return plan.with_content(_named(settings, "protocol"), content)
 
 
 def _check_chosen(config: Mapping[str, Any]) -> None:
