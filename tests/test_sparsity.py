@@ -105,8 +105,8 @@ def test_layers_can_be_chosen_and_dense_ones_are_left_out() -> None:
     assert [x for x, _ in late[0].outcome.curve] == [2, 3]
     with pytest.raises(ValueError, match="dense_layers=4 leaves no layer"):
         sparsity.evaluate(tiny_loaded(), scored(), [point("quest", 8, dense_layers=4)])
+    wrong = with_layers(point("quest", 8, dense_layers=0), [9])
     with pytest.raises(ValueError, match=r"task.layers=\[9\]: the model has layers 0..3"):
-        wrong = with_layers(point("quest", 8, dense_layers=0), [9])
         sparsity.evaluate(tiny_loaded(), scored(), [wrong])
 
 

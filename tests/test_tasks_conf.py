@@ -37,14 +37,15 @@ def test_tasks(path, tmp_path):
     assert name == path.stem
     task = Spec(name, settings).build(data=Generated(), seed=0, protocol={"tail": "question"})
     assert task.count() == 10
-    assert task.metric in ("f1", "rouge_l", "accuracy", "perplexity")
+    assert task.metric in ("f1", "rouge_l", "accuracy", "perplexity", "nll_increase")
     assert json.loads(json.dumps(task.identity())) == task.identity()
     with pytest.raises(ValueError, match="sampels"):
         Spec(name, {**settings, "sampels": 3}).build(data=Generated(), seed=0, protocol={})
 
 
 def test_there_is_a_file_for_every_task_of_the_paper():
-    assert {path.stem for path in files("task")} == {*FORMS, "passkey", "passkey_long", "pg19"}
+    made = {"passkey", "passkey_long", "pg19", "sparsity"}
+    assert {path.stem for path in files("task")} == {*FORMS, *made}
 
 
 def parameters(shape):

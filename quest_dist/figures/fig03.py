@@ -1,9 +1,9 @@
 """Figure 3 of the paper: the share of each layer's cache that can be left out, by layer.
 
-One layer at a time is sparse. Its sparsity is 1 - budget / context for the smallest budget at which,
-and at all larger ones measured, perplexity rises by less than BOUND; 0 where none does. The bar goes
-from what the 95 % interval of the rise proves (its upper end below the bound) to what it does not
-rule out (its lower end). The grid of budgets is the resolution, and stands in the small print.
+One layer at a time is sparse. Its sparsity is 1 - budget / context for the smallest budget at
+which, and at all larger ones measured, perplexity rises by less than BOUND; 0 where none does. The
+bar goes from what the 95 % interval of the rise proves (its upper end below the bound) to what it
+does not rule out (its lower end). The grid of budgets is the resolution, stated in the small print.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "Bars: from the sparsity that the 95 % interval of the rise proves to that which it allows",
         "One layer at a time is sparse, all others dense; a layer in which no budget keeps the "
         f"bound, at it and at all larger ones, is at 0. {resolution}.",
-        "The paper (LongChat-7B, 32 layers): 0.03 and 0.02 in layers 0 and 1; its caption says more "
-        "than 0.9 in the others, where its own lines go down to 0.88 (oracle) and 0.61 (Quest).",
+        "The paper (LongChat-7B, 32 layers): 0.03 and 0.02 in layers 0 and 1; its caption says "
+        "more than 0.9 in the others, where its own lines go down to 0.88 (oracle) and 0.61 (Quest).",
         f"Against the paper: {verdicts(rows)[NAME]}.",
     ]
 

@@ -95,9 +95,7 @@ def draw(rows: Sequence[Row], caption: Caption) -> tuple[Figure, panels.Plotted]
 
 def at(row: Row, dot: Dot) -> Row:
     """The row as if its text ended at a dot, to be judged there."""
-    return replace(
-        row, score=dot.value, low=dot.low, high=dot.high, n=dot.n, context_tokens=dot.x
-    )
+    return replace(row, score=dot.value, low=dot.low, high=dot.high, n=dot.n, context_tokens=dot.x)
 
 
 def coincidence(rows: Sequence[Row]) -> str:
@@ -112,7 +110,9 @@ def coincidence(rows: Sequence[Row]) -> str:
             name = f"{row.label} {row.budget}"
             worst[name] = max(worst.get(name, 0.0), max(early))
     said = ", ".join(f"{name} by up to {value:.2g}" for name, value in worst.items())
-    return f"Contradiction: up to the budget there must be no difference, but {said}." if said else ""
+    return (
+        f"Contradiction: up to the budget there must be no difference, but {said}." if said else ""
+    )
 
 
 def _read(row: Row) -> list[Dot]:
@@ -150,6 +150,8 @@ def _head(values: Axes, differences: Axes, title: str, members: Sequence[Row]) -
 def _lines(
     values: Axes, differences: Axes, row: Row, label: str, members: Sequence[Row]
 ) -> panels.Plotted:
+    if not row.n:
+        return []
     seen, dots = style.look(row.method), row.curve_dots
     versus = {dot.x: dot for dot in row.versus_full}
     look: dict[str, Any] = {"color": seen.color, "ls": _dash(row, members), "zorder": _over(row)}

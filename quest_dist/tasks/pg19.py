@@ -5,9 +5,9 @@ measures the same positions for the price of the scored tokens alone. Of n books
 samples are the beginnings, the next n the second segments, and so on. Segments start at paragraphs,
 at least SPAN characters a token apart, so they practically never overlap.
 
-A point's curve is its running mean by position, at `checkpoints` evenly spaced positions. A position
-is the tokens that the last counted prediction was made from; up to the budget, then, a method has
-attended to everything.
+A point's curve is its running mean by position, at `checkpoints` evenly spaced positions. Position
+is the number of tokens that the last counted prediction was made from; up to the budget, then, a
+method has attended to everything.
 """
 
 from __future__ import annotations
