@@ -84,6 +84,11 @@ def test_a_layer_takes_the_smallest_budget_that_it_and_all_larger_ones_allow() -
     ]
 
 
+def test_layers_that_the_samples_do_not_resolve_are_counted() -> None:
+    assert fig03._resolved(LINE) == "1 of 4 layers have a bar: these samples do not resolve them."
+    assert fig03._resolved([row(50, SURE)]) == ""
+
+
 def test_the_bound_is_on_perplexity_not_on_nats() -> None:
     value, low, high = fig03.rise(row(50, (0.009, 0.002)), 0)
     assert (value, low, high) == pytest.approx((0.009, 0.007, 0.011))
