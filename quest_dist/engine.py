@@ -174,7 +174,10 @@ def forward(
 def decode(
     loaded: LoadedModel, sample: Sample, batch: Batch, order: Sequence[int]
 ) -> tuple[list[Decoded], list[Measured]]:
-    """Feed the tail to all rows, then generate; the rows in batch order with what was measured."""
+    """Feed the tail to all rows, then generate; the rows in batch order with what was measured.
+
+    `order` names the point of each row.
+    """
     cache = PagedCache(batch)
     rows = [Decoded(point, [], []) for point in order]
     measured = list(batch.measured)
@@ -185,12 +188,9 @@ def decode(
         position += 1
         if sample.score_tail and number + 1 < len(sample.tail):
             target = torch.full((len(rows),), sample.tail[number + 1], device=logits.device)
-            for row, nll in zip(
-                rows,
-                torch.nn.functional.cross_entropy(logits, target, reduction="none"),
-                strict=True,
-            ):
-                row.nll.append(float(nll))
+            nlls = torch.nn.functional.cross_entropy(logits, target, reduction="none").tolist()
+            for row, nll in zip(rows, nlls, strict=True):
+                row.nll.append(nll)
     alive = list(rows)
     for step in range(sample.max_new_tokens):
         tokens = logits.argmax(-1).tolist()

@@ -37,6 +37,7 @@ LAYERS = (
         "engine",
         "latency",
         "recall",
+        "sparsity",
         "attention_map",
         "figures/",
         "mlflow_store",

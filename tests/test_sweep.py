@@ -26,10 +26,12 @@ POINTS = {
     "attention_map": 1,
     "longbench_budgets": 156,
     "passkey": 72,
-    "pg19": 21,
+    "perplexity_budgets": 21,
+    "pg19": 6,
     "recall": 36,
     "ruler": 84,
     "smoke": 10,
+    "sparsity": 15,
 }
 
 
@@ -159,7 +161,7 @@ def test_a_point_is_named_by_its_own_dense_layers_not_by_where_they_came_from() 
             r"task passkey: a sample takes 10009 tokens, more than model.smollm2.max_length=8192",
         ),
         (
-            ["+sweep=pg19", "task.pg19.prefill=9000"],
+            ["+sweep=perplexity_budgets", "task.pg19.prefill=9000"],
             r"task pg19: a sample takes 9065 tokens, more than model.smollm2.max_length=8192",
         ),
         (["+sweep=smoke", "data.tokens=9000"], r"task qasper: a sample takes 90\d\d tokens, more"),

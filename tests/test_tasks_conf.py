@@ -45,7 +45,7 @@ def test_tasks(path, tmp_path):
 
 def test_there_is_a_file_for_every_task_of_the_paper():
     ruler = {"niah_single", "niah_multikey", "niah_multivalue", "variable_tracking", "common_words"}
-    paper = {*FORMS, "passkey", "passkey_long", "pg19", "recall", "attention_map"}
+    paper = {*FORMS, "passkey", "passkey_long", "pg19", "recall", "attention_map", "sparsity"}
     assert {path.stem for path in files("task")} == paper | ruler
 
 

@@ -26,6 +26,7 @@ METRICS = {
     "recall": "recall, %",
     "attention": "attention, %",
     "perplexity": "perplexity (lower is better)",
+    "nll_increase": "increase in nats (lower is better)",
 }
 Plotted = list[dict[str, Any]]
 

@@ -102,7 +102,8 @@ def _why_not(row: Row, setting: dict[str, Any]) -> str:
     if row.budget is not None and (row.page_size, row.dense_layers) != (PAGE_SIZE, DENSE_LAYERS):
         return f"page size {row.page_size} and {row.dense_layers} dense layers; the paper: 16 and 2"
     context = setting["context_tokens"]
-    if context and not 0.75 < row.context_tokens / context < 1.25:
+    within = setting.get("within", 0.25)
+    if context and not abs(row.context_tokens / context - 1) < within:
         return f"context of {row.context_tokens:.0f} tokens; the paper: {context}"
     return ""
 
