@@ -13,14 +13,15 @@ import pytest
 import torch
 from bench_points import CPU, TINY, options, tiny
 
-from quest_dist import ops
-from quest_dist.bench import attention, sides, timing
+from quest_dist import attention_sides as sides
+from quest_dist import ops, timing
+from quest_dist.bench import attention
 from quest_dist.bench.__main__ import main
 from quest_dist.bench.attention_figures import Figures
 from quest_dist.bench.attention_plan import planned
-from quest_dist.bench.places import last_level_cache
-from quest_dist.bench.shapes import SHAPES, Point, parsed_size
-from quest_dist.bench.timing import Rotation, Side
+from quest_dist.places import last_level_cache
+from quest_dist.shapes import SHAPES, Point, parsed_size
+from quest_dist.timing import Rotation, Side
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from quest_dist import models
+from quest_dist import decoders, models
 from quest_dist.attention import patch
 from quest_dist.batch import Group
-from quest_dist.bench import decoders, textgen
+from quest_dist.bench import textgen
 from quest_dist.bench.__main__ import main
-from quest_dist.bench.decoders import MODELS, STEPS, filled
-from quest_dist.bench.places import Place
 from quest_dist.bench.textgen import Outcome, Plan
-from quest_dist.bench.timing import FEWEST_CYCLES, MOST_CYCLES, Times
+from quest_dist.decoders import MODELS, STEPS, filled
 from quest_dist.latency import Decoder
 from quest_dist.methods.full import Full
 from quest_dist.methods.quest import Quest
+from quest_dist.places import Place
+from quest_dist.timing import FEWEST_CYCLES, MOST_CYCLES, Times
 
 CPU = Place(torch.device("cpu"), 1 << 20, "here")
 

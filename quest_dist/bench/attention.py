@@ -19,14 +19,14 @@ import sys
 
 import torch
 
-from quest_dist import on_flashinfer
-from quest_dist.bench import graphs, sides, timing
+from quest_dist import attention_sides as sides
+from quest_dist import graphs, on_flashinfer, timing
 from quest_dist.bench.attention_plan import READ, REUSE, Plan, planned
 from quest_dist.bench.attention_table import Outcome, table
 from quest_dist.bench.flashinfer_sides import FlashInferSides
 from quest_dist.bench.places import DEVICES, chosen_place
 from quest_dist.bench.report import Report
-from quest_dist.bench.shapes import PAGE_SIZE, SHAPES, Point, parsed_sizes
+from quest_dist.shapes import PAGE_SIZE, SHAPES, Point, parsed_sizes
 
 CALLS = "call by call"
 PASSES = (

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from quest_dist.bench import graphs, timing
+from quest_dist import graphs, timing
 from quest_dist.bench.attention_figures import Figures, GpuFigures
-from quest_dist.bench.places import Place, checked_options
-from quest_dist.bench.shapes import DTYPES, PAGE_SIZE, SHAPES, Point, Shape, parsed_sizes
+from quest_dist.bench.places import checked_options
+from quest_dist.places import Place
+from quest_dist.shapes import DTYPES, PAGE_SIZE, SHAPES, Point, Shape, parsed_sizes
 
 CONTEXTS = (8192, 32768, 131072)
 BUDGETS = (512, 2048, 8192)

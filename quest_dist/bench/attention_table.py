@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quest_dist.bench import flashinfer_sides
-from quest_dist.bench.shapes import Point
-from quest_dist.bench.timing import Times, paired, spread
 from quest_dist.ops import REDUCTIONS
+from quest_dist.shapes import Point
+from quest_dist.timing import Times, paired, spread
 
 COLUMNS = (
     *("shape", "context", "rows", "prefix", "pages", "budget", "lists", "what", "calls"),

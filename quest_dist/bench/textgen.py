@@ -23,18 +23,18 @@ from typing import Any
 
 import torch
 
-from quest_dist import models, ops
+from quest_dist import graphs, models, ops, timing
 from quest_dist.attention import Patch, patch
 from quest_dist.batch import Group
-from quest_dist.bench import graphs, timing
-from quest_dist.bench.decoders import MODELS, Model, continued, filled
-from quest_dist.bench.places import DEVICES, Place, checked_options, chosen_place
+from quest_dist.bench.places import DEVICES, checked_options, chosen_place
 from quest_dist.bench.report import Report
-from quest_dist.bench.shapes import DTYPES, PAGE_SIZE, SHAPES, parsed_sizes
-from quest_dist.bench.timing import Side, Times, paired, spread
 from quest_dist.cluster import available_memory
+from quest_dist.decoders import MODELS, Model, continued, filled
 from quest_dist.methods.full import Full
 from quest_dist.methods.quest import Quest
+from quest_dist.places import Place
+from quest_dist.shapes import DTYPES, PAGE_SIZE, SHAPES, parsed_sizes
+from quest_dist.timing import Side, Times, paired, spread
 
 TARGETS = {"quest_vs_dense_7b": ">= 1.7"}
 #: The point of the summary.

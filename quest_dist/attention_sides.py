@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quest_dist import ops
-from quest_dist.bench.shapes import PAGE_SIZE, Point
-from quest_dist.bench.timing import Rotation, Side
 from quest_dist.methods.quest import pages_to_keep
+from quest_dist.shapes import PAGE_SIZE, Point
+from quest_dist.timing import Rotation, Side
 
 #: Tokens of the random block that fills a cache; every repetition has its channels turned by one.
 BLOCK = 2048

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from quest_dist.bench.timing import Side, Times, measure
+from quest_dist.timing import Side, Times, measure
 
 #: Calls of a pass at least, so that what is between two replays does not count.
 LEAST_CALLS = 32

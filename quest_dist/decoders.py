@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from quest_dist import timing
 from quest_dist.attention import Patch
 from quest_dist.batch import Group
-from quest_dist.bench import timing
-from quest_dist.bench.shapes import PAGE_SIZE, SHAPES, Point, Shape
 from quest_dist.latency import Decoder
 from quest_dist.pool import Geometry, Pool, Rows
+from quest_dist.shapes import PAGE_SIZE, SHAPES, Point, Shape
 
 #: Steps that a decoder may be asked for: one to check it, and those of all visits.
 STEPS = 1 + (timing.MOST_CYCLES + 1) * (timing.UNCOUNTED + timing.COUNTED)
