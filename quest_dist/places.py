@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from quest_dist import on_flashinfer, ops
+from quest_dist import machine_state, on_flashinfer, ops
 from quest_dist.shapes import parsed_size
 
 #: Where the last-level cache's size cannot be read, it is taken to be this.
@@ -36,6 +36,20 @@ class Place:
     def memory(self) -> float:
         """GB that a point may take where none are named."""
         return 40.0 if self.on_gpu else 10.0
+
+    @property
+    def label(self) -> str:
+        """What computes there, for people: times of different labels do not belong together."""
+        if self.on_gpu:
+            return str(torch.cuda.get_device_properties(self.device).name)
+        return f"{machine_state.processor()}, {ops.threads()} threads ({ops.isa()})"
+
+    @property
+    def gpu(self) -> str | None:
+        """The GPU's id, for nvidia-smi; None on a CPU."""
+        if not self.on_gpu:
+            return None
+        return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
 
     def no_flashinfer(self, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why FlashInfer cannot be timed here, in one line; None where it can."""

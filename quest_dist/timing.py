@@ -1,15 +1,33 @@
-"""Timing: the sides of a comparison in turn, again and again, each call on memory that is cold.
+"""Timing: the contract that every latency of this project keeps, and the code that keeps it.
 
-A *visit* to a side is a few calls in a row, the first of them uncounted where the side is short
-(it wakes threads); a *cycle* visits every side once, with a pause between them in which the threads
-of the side before fall asleep. Drift of the machine so hits all sides alike.
+The sides of a comparison run in turn, again and again, in one process. A *visit* to a side is a few
+calls in a row, the first of them uncounted where the side is short (it wakes threads); a *cycle*
+visits every side once, with a pause between them in which the threads of the side before fall
+asleep. Drift of the machine so hits all sides alike. A *repeat* is one cycle of a benchmark, or one
+sample of a sweep, which has caches of its own.
 
-A ratio of two sides is *paired*: the median over cycles of (median of the one side's visit / median
-of the other's in the same cycle). Times of one side are the median, p10 and p90 of all its counted
-calls.
+What each number is:
+    median      p50 of all counted calls of a side, in microseconds of wall clock on a CPU, between
+                two events of the stream on a GPU
+    p5, p95     of the same calls
+    low, high   95 % interval of the median over repeats (each repeat gives the median of its
+                calls): order statistics, no assumption on the distribution; six repeats are the
+                fewest that have one (`stats.median`)
+    first       the first call of all, which loads, allocates and wakes; never among the others
+    wall        of a GPU: host microseconds a call, between a synchronisation before the first and
+                one after the last call of a visit; it holds what events do not see
+    ratio       paired: the median over cycles of (median of the one side's visit / median of the
+                other's in the same cycle)
+
+The contract: the device has finished all before at the first mark and all measured at the last;
+`WARM_UP` calls of each side are made and dropped; at least FEWEST_CYCLES repeats; a fixed number of
+decoded tokens, whatever they are (no end token ends a step), whose growth of the context is stated;
+every call on memory that is cold (`REUSE`), or what stays in caches stated; dense attention through
+the same code; CUDA graphs on or off, and the machine's state before and after, stated
+(`contract`, `machine_state`).
 
 A step is over when its function returns, as the ops of a CPU do, and the clock stands in `timed`;
-where ops are only launched, `graphs` makes the visits.
+where ops are only launched, `graphs` makes the visits. That part has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -18,18 +36,34 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+
+from quest_dist import stats
 
 #: Longer than idle threads of torch's pool spin.
 SETTLE_SECONDS = 0.01
-FEWEST_CYCLES, MOST_CYCLES = 5, 60
+FEWEST_CYCLES, MOST_CYCLES = 6, 60
+#: Calls of a side that are made and dropped before any counts. A GPU needs more: its clocks rise.
+WARM_UP = {"cpu": 4, "cuda": 20}
+#: In units of the last-level cache: bytes between two uses of a buffer, and of a read's own buffer.
+REUSE, READ = 4, 8
 #: Calls of a visit; a side that is slow and wakes nobody may do with fewer.
 UNCOUNTED, COUNTED = 1, 3
 
 Step = Callable[[int], object]
 #: The microseconds of each step of every counted call of one visit to a side.
 Visit = Callable[["Side"], list[tuple[float, ...]]]
+
+
+def warm_up(asked: int | None, device: str) -> int:
+    """Calls to drop on a device (cpu, cuda): as asked, by default WARM_UP; ValueError for fewer
+    than that on a GPU."""
+    if asked is None:
+        return WARM_UP[device]
+    if device == "cuda" and asked < WARM_UP[device]:
+        raise ValueError(f"warm_up={asked}: a GPU needs at least {WARM_UP[device]}")
+    return asked
 
 
 @dataclass
@@ -58,23 +92,29 @@ class Side:
 
 
 class Spread(NamedTuple):
-    """Of all counted calls of a side."""
+    """Of all counted calls of a side, as the module says; `low` and `high` are over repeats."""
 
     median: float
-    p10: float
-    p90: float
+    p5: float
+    p95: float
+    low: float
+    high: float
     calls: int
+    repeats: int
 
 
 @dataclass(frozen=True)
 class Times:
     """Microseconds of every step of every counted call, by side and cycle.
 
-    `moved` are the bytes of a side's steps by name. Nothing here holds on to what was timed.
+    `moved` are the bytes of a side's steps by name, `first` the time of its first call of all,
+    `walls` (of a GPU) the host's of each visit, a call. Nothing here holds on to what was timed.
     """
 
     visits: dict[str, list[list[tuple[float, ...]]]]
     moved: dict[str, dict[str, int]]
+    first: dict[str, float] = field(default_factory=dict)
+    walls: dict[str, list[float]] = field(default_factory=dict)
 
     def us(self, side: str, *steps: str) -> list[list[float]]:
         """The calls' times by cycle: of all steps together, or of those named."""
@@ -85,6 +125,10 @@ class Times:
             [sum(call[number] for number in chosen) for call in visit]
             for visit in self.visits[side]
         ]
+
+    def hosts(self) -> dict[str, float]:
+        """The host's median microseconds a call of each side of a GPU."""
+        return {name: statistics.median(walls) for name, walls in self.walls.items() if walls}
 
     def rate(self, side: str, *steps: str) -> list[list[float]]:
         """Bytes a microsecond, which is MB/s, by cycle."""
@@ -111,30 +155,72 @@ def by_call(side: Side) -> list[tuple[float, ...]]:
     return [timed(side) for _ in range(side.counted)]
 
 
-def measure(sides: Sequence[Side], seconds: float, visit: Visit = by_call) -> Times:
-    """Cycles for about so many seconds, after one that is not counted."""
+def measure(
+    sides: Sequence[Side],
+    seconds: float,
+    visit: Visit = by_call,
+    *,
+    warm_up: int = WARM_UP["cpu"],
+    cycles: int | None = None,
+) -> Times:
+    """Cycles for about so many seconds, or exactly so many, after `warm_up` calls of each side."""
     visits: dict[str, list[list[tuple[float, ...]]]] = {side.name: [] for side in sides}
-    start = 0.0
-    for cycle in range(MOST_CYCLES + 1):
-        if cycle == 1:
-            start = time.perf_counter()
-        if cycle > FEWEST_CYCLES and time.perf_counter() - start > seconds:
+    first = {
+        side.name: sum(visit(replace(side, uncounted=0, counted=warm_up))[0]) for side in sides
+    }
+    start = time.perf_counter()
+    for cycle in range(MOST_CYCLES if cycles is None else cycles):
+        late = time.perf_counter() - start > seconds
+        if cycles is None and cycle >= FEWEST_CYCLES and late:
             break
         for side in sides:
-            calls = visit(side)
-            if cycle:
-                visits[side.name].append(calls)
+            visits[side.name].append(visit(side))
     moved = {side.name: dict(zip(side.steps, side.moved, strict=True)) for side in sides}
-    return Times(visits, moved)
+    return Times(visits, moved, first)
+
+
+def joined(repeats: Sequence[Times]) -> Times:
+    """Several repeats as one run: all calls of a repeat are one cycle, whatever visits made it."""
+    visits = {
+        name: [[call for visit in times.visits[name] for call in visit] for times in repeats]
+        for name in repeats[0].visits
+    }
+    first = {name: statistics.median(t.first[name] for t in repeats) for name in repeats[0].first}
+    walls = {name: [w for t in repeats for w in t.walls[name]] for name in repeats[0].walls}
+    return Times(visits, repeats[0].moved, first, walls)
 
 
 def spread(visits: Sequence[Sequence[float]]) -> Spread:
-    """Of the calls of all cycles."""
+    """Of the calls of all repeats."""
     values = [value for visit in visits for value in visit]
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0], 1)
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return Spread(statistics.median(values), tenths[0], tenths[-1], len(values))
+    low, high = values[0], values[0]
+    if len(values) > 1:
+        parts = statistics.quantiles(values, n=20, method="inclusive")
+        low, high = parts[0], parts[-1]
+    over = stats.median([statistics.median(visit) for visit in visits])
+    middle = statistics.median(values)
+    return Spread(middle, low, high, over.low, over.high, len(values), len(visits))
+
+
+def contract(
+    on_gpu: bool, *, warm_up: int, repeats: str, tokens: str, cache: str, graphs: str, baseline: str
+) -> dict[str, str]:
+    """How the numbers of one run were taken, for reports and captions; what it leaves open is
+    said by the caller."""
+    return {
+        "clock": (
+            "CUDA events between replays, and the host's clock between two synchronisations"
+            if on_gpu
+            else "wall clock; an op of a CPU is over when it returns"
+        ),
+        "warm_up": f"{warm_up} calls of each side dropped, the first reported apart",
+        "repeats": repeats,
+        "tokens": tokens,
+        "cache": cache,
+        "cuda_graphs": graphs,
+        "baseline": baseline,
+        "intervals": "95 % of the median over repeats, by order statistics; p5 and p95 of calls",
+    }
 
 
 def paired(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> float:

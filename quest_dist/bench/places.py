@@ -37,9 +37,9 @@ def chosen_place(option: str | None) -> Place:
 
 def checked_options(
     options: argparse.Namespace, place: Place, shapes: Collection[str]
-) -> tuple[float, ops.Reduce]:
-    """Seconds to time a point and the lists that Quest makes, once what all benchmarks of a place
-    take (--lists, --dtype, --shape, --seconds) is found right; ValueError names what is not."""
+) -> ops.Reduce:
+    """The lists that Quest makes, once what all benchmarks of a place take (--lists, --dtype,
+    --shape) is found right; ValueError names what is not."""
     dtypes = [name for name, dtype in DTYPES.items() if place.on_gpu or dtype in ON_CPU]
     for name, value, choices in (
         ("lists", options.lists, ops.REDUCTIONS),
@@ -48,7 +48,4 @@ def checked_options(
     ):
         if value not in choices:
             raise ValueError(f"--{name}={value} is unknown; choose one of {', '.join(choices)}")
-    seconds = place.seconds if options.seconds is None else options.seconds
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"--seconds={seconds}: expected a positive number")
-    return seconds, next(name for name in ops.REDUCTIONS if name == options.lists)
+    return next(name for name in ops.REDUCTIONS if name == options.lists)

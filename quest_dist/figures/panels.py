@@ -23,6 +23,8 @@ METRICS = {
     "rouge_l": "ROUGE-L",
     "accuracy": "accuracy, %",
     "perplexity": "perplexity (lower is better)",
+    "attention_us": "attention, µs a step (lower is better)",
+    "step_ms": "ms a token (lower is better)",
 }
 Plotted = list[dict[str, Any]]
 
