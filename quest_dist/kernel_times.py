@@ -1,10 +1,11 @@
 """Times of one attention layer in a decode step: dense and under page rules, by its parts.
 
 Evaluates tasks.kernels.Kernels, under the contract of `timing`. A sample is a repeat: a cache of
-its own random keys, values and queries (from point's seed and sample), on which all points of the unit,
-dense attention and a read of memory are sides in turn, so that ratios are paired. Layers rotate, so
-that every call finds its pages cold. A point's time is that of the whole, one `ops.decode` without
-a new token; its parts are timed beside it, as three ops: score, select, attend.
+its own random keys, values and queries (from the point's seed and the sample), on which all points
+of the unit, dense attention and a read of memory are sides in turn, so that ratios are paired.
+Layers rotate, so that every call finds its pages cold. A point's time is that of the whole, one
+`ops.decode` without a new token; its parts are timed beside it, as three ops: score, select,
+attend.
 
 Facts of a point (microseconds, medians of a repeat's calls unless they say otherwise):
     us, p5_us, p95_us, first_us   the whole; `first` is the first call of all
@@ -80,10 +81,12 @@ def evaluate(
     times = _measure(sides, place, warm_up, int(sample.info["cycles"]))
     facts, notes = machine_state.between(before, machine_state.read(place.gpu))
     share = (time.perf_counter() - filled) / len(points)
-    notes = {**stated(place, loaded, sample, layers, warm_up), **notes}
+    notes = {**stated(place, loaded, sample, warm_up), **notes}
     return [
         Evaluated(
-            outcome=Outcome("", facts=measured(times, each) | facts, notes=notes),
+            outcome=Outcome(
+                "", facts=measured(times, each) | facts | {"layers": layers}, notes=notes
+            ),
             attended=each.attended,
             read=each.attended,
             planned_low=float(each.planned[0]),
@@ -183,9 +186,7 @@ def measured(times: Times, timed: Timed) -> dict[str, float]:
     return found
 
 
-def stated(
-    place: Place, loaded: UnloadedModel, sample: Sample, layers: int, warm_up: int
-) -> Mapping[str, str]:
+def stated(place: Place, loaded: UnloadedModel, sample: Sample, warm_up: int) -> Mapping[str, str]:
     """What a time's reader must know: place, shape, and how it was taken."""
     sizes = loaded.shape
     return {
@@ -198,7 +199,7 @@ def stated(
         repeats=f"a sample each; {sample.info['cycles']} visits of {timing.COUNTED} calls",
         tokens="one query a call; the context does not grow",
         cache=(
-            f"cold: {layers} layers rotate, and a call returns to one after at least {REUSE} x the"
+            f"cold: layers rotate, and a call returns to one after at least {REUSE} x the"
             f" last-level cache ({place.cache / 2**20:g} MiB) of other memory"
         ),
         graphs="on: passes of many calls are replayed" if place.on_gpu else "off: a CPU",

@@ -208,9 +208,16 @@ def contract(
         repeats=f"{repeats}, each going on from the context anew",
         tokens=(f"{steps} counted, end tokens ignored; the context grows from {context} to {last}"),
         cache=(
-            f"as decoding leaves it: a dense step reads {dense_bytes / place.cache:.0f} x the"
-            f" last-level cache ({place.cache / 2**20:g} MiB)"
+            f"as decoding leaves it: a step reads {_outgrown(dense_bytes, place.cache)} last-level"
+            f" cache ({place.cache / 2**20:g} MiB)"
         ),
         graphs="on: the whole step is one graph" if place.on_gpu else "off: a CPU",
         baseline="dense attention through the same decoder, a side of the same repeat",
     )
+
+
+def _outgrown(size: int, cache: int) -> str:
+    for times in (1000, 100, 10, 4, 1):
+        if size > times * cache:
+            return f"more than {times} x the" if times > 1 else "more than the"
+    return "less than the"
