@@ -25,8 +25,8 @@ PARTS = ("fig08a", "fig08b", "fig08_topk")
 HEADS = ("Estimate, by page size", "Attention, by budget", "Top-k, by budget")
 NOTES = (
     "Hollow, dotted: the paper, Figure 8 (digitised; top-k 5 to 10 us, printed), on an RTX 4090.",
-    "Figures 8 and 9 of the paper disagree on the same kernel: full attention at 8K 205 and 156 us, a"
-    " budget of 4096 108 and about 79 us; any run can match one of them, not both.",
+    "Figures 8 and 9 of the paper disagree on the same kernel: full attention at 8K 205 and 156 us,"
+    " a budget of 4096 108 and about 79 us; any run can match one of them, not both.",
 )
 
 

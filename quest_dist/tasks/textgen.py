@@ -30,6 +30,8 @@ def check_shape(shape: Mapping[str, Any]) -> None:
     for name in (*NEEDED, "rope_theta", "tied"):
         if name not in shape:
             raise ValueError(f"shape.{name} is not set; a whole model's step cannot be timed")
+    if shape.get("qkv_bias"):
+        raise ValueError("shape.qkv_bias=true: only steps of models without are timed; choose one")
 
 
 class TextGen(Timed):
