@@ -80,13 +80,12 @@ def evaluate(
     warm_up = timing.warm_up(sample.info["warm_up"], loaded.device.type)
     times = _measure(sides, place, warm_up, int(sample.info["cycles"]))
     facts, notes = machine_state.between(before, machine_state.read(place.gpu))
+    facts["layers"] = float(layers)
     share = (time.perf_counter() - filled) / len(points)
     notes = {**stated(place, loaded, sample, warm_up), **notes}
     return [
         Evaluated(
-            outcome=Outcome(
-                "", facts=measured(times, each) | facts | {"layers": layers}, notes=notes
-            ),
+            outcome=Outcome("", facts=measured(times, each) | facts, notes=notes),
             attended=each.attended,
             read=each.attended,
             planned_low=float(each.planned[0]),

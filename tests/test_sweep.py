@@ -22,7 +22,8 @@ from quest_dist.plan import Point
 from quest_dist.prepare import prepare
 
 SWEEPS = compose.sweep_files()
-POINTS = {"longbench_budgets": 156, "passkey": 72, "pg19": 21, "smoke": 10}
+TIMES = {"kernels": 36, "breakdown": 12, "textgen": 15}
+POINTS = {"longbench_budgets": 156, "passkey": 72, "pg19": 21, "smoke": 10, **TIMES}
 
 
 def grid_points(name: str, *overrides: str) -> tuple[Point, ...]:

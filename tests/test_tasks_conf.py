@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quest_dist import models
+from quest_dist import models, stats
 from quest_dist.folders import find
 from quest_dist.plan import Spec
 from quest_dist.tasks.generated import Generated
@@ -36,15 +36,20 @@ def test_tasks(path, tmp_path):
     [(name, settings)] = read(path).items()
     assert name == path.stem
     task = Spec(name, settings).build(data=Generated(), seed=0, protocol={"tail": "question"})
-    assert task.count() == 10
-    assert task.metric in ("f1", "rouge_l", "accuracy", "perplexity")
+    timed = task.metric in stats.TIMES
+    assert task.count() == (6 if timed else 10)
+    assert task.exclusive is timed
+    assert task.metric in stats.POINTS | stats.TIMES | {"perplexity"}
     assert json.loads(json.dumps(task.identity())) == task.identity()
     with pytest.raises(ValueError, match="sampels"):
         Spec(name, {**settings, "sampels": 3}).build(data=Generated(), seed=0, protocol={})
 
 
 def test_there_is_a_file_for_every_task_of_the_paper():
-    assert {path.stem for path in files("task")} == {*FORMS, "passkey", "passkey_long", "pg19"}
+    found = {path.stem for path in files("task")}
+    times = {f"kernels_{size}" for size in ("512", *(f"{2**n}k" for n in range(7)))}
+    times |= {f"textgen_{size}" for size in ("8k", "16k", "32k")}
+    assert found == {*FORMS, "passkey", "passkey_long", "pg19", *times}
 
 
 def parameters(shape):

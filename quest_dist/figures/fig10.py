@@ -28,7 +28,7 @@ COLUMNS = ("full", "512", "1024", "2048", "4096")
 COLORS = (style.INK, *times.BLUES[:4])
 NOTES = (
     "On ours: milliseconds a token and, on Quest's, the speed-up over full. Hatched: the paper,"
-    " Figure 10 (printed), Llama-2-7B on an RTX 6000 Ada, whose share of attention in a step is not ours.",
+    " Figure 10 (printed), Llama-2-7B on an RTX 6000 Ada: attention's share of a step is not ours.",
 )
 
 

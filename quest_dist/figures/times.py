@@ -171,13 +171,12 @@ def entries(
 
 def overall(figure: str, rows: Sequence[Row], plotted: Plotted, part: str) -> Verdict:
     """The verdict of one part of a figure from what was plotted of it."""
-    each = [
-        Verdict(
-            line["verdict"], line["reason"], 0.0 if line["verdict"] in paper.ORDER[:3] else None
-        )
+    found = [
+        (line["verdict"], line["reason"])
         for line in plotted
         if line["series"] == "measured" and line["part"] == part
     ]
+    each = [Verdict(word, why, 0.0 if word in paper.ORDER[:3] else None) for word, why in found]
     if each:
         compared = [v for v in each if not v.reason.startswith("the paper has no")]
         return paper.worst(compared or each)
