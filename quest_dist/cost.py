@@ -4,7 +4,8 @@ Estimates, for ordering, slicing and for telling a user what to expect; no resul
 A prefill is bound by arithmetic (2 FLOPs a parameter and token, and causal attention), a decode
 step by reading the weights once for all rows and each row's tokens, plus a fixed cost a row and
 layer. The constants below are for a common machine and may be off by a factor of two or three;
-as soon as the ledger has measured a model on a task, its own pace replaces them.
+as soon as the ledger has measured a model on a task, its own pace replaces them. A task whose
+samples are something else says what they cost (`Task.cost`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quest_dist.plan import Point, Unit
+from quest_dist.tasks.task import Cost, Speed
 
 CPU_FLOPS = 3.2e11  # a core with bf16 matrix units, in long prefills
 CPU_BYTES = 1.2e10  # a core, reading weights and pages
@@ -84,6 +86,9 @@ def sample_seconds(
     if measured is not None:
         prefill, row = measured
         return prefill + row * len(points)
+    said = _said(points, threads, gpu)
+    if said is not None:
+        return said.seconds
     facts, size = shape(first), extent(first)
     flops = GPU_FLOPS if gpu else CPU_FLOPS * threads
     rate = GPU_BYTES if gpu else CPU_BYTES * threads
@@ -98,6 +103,17 @@ def sample_seconds(
     step = (2 * parameters + read * token_bytes(first)) / rate
     step += 2 * parameters * rows / flops + row_layer * layers * rows
     return prefill + step * size.steps
+
+
+def _said(points: tuple[Point, ...], threads: int, gpu: bool) -> Cost | None:
+    """What the points' task says itself of a sample's cost."""
+    task = points[0].task
+    if "_target_" not in task.settings:
+        return None
+    says = getattr(task.target(), "cost", None)
+    speed = Speed(GPU_FLOPS, GPU_BYTES) if gpu else Speed(CPU_FLOPS * threads, CPU_BYTES * threads)
+    found: Cost | None = says(points, shape(points[0]), speed) if says else None
+    return found
 
 
 def unit_seconds(
@@ -120,6 +136,9 @@ def token_bytes(point: Point) -> int:
 def worker_bytes(points: tuple[Point, ...]) -> int:
     """Return the memory of a worker that runs these points (of one family) as one batch."""
     first, facts = points[0], shape(points[0])
+    said = _said(points, 1, False)
+    if said is not None:
+        return PROCESS_BYTES + int(said.bytes)
     size = extent(first)
     weight = 4 if first.model.settings.get("dtype") == "float32" else 2
     rows = min(batch_rows(points), MOST_ROWS)

@@ -85,6 +85,14 @@ class Row:
         """The mean of what was measured beside the score; NaN where it was not."""
         return details.fact(self.details, name)
 
+    def span(self, name: str) -> tuple[float, float]:
+        """The 95 % interval of a time's fact; NaN where it has none."""
+        return details.span(self.details, name)
+
+    def notes(self, name: str) -> tuple[str, ...]:
+        """The distinct texts of one note, such as the devices that were timed."""
+        return details.notes(self.details, name)
+
     @property
     def setting(self) -> tuple[object, ...]:
         """What rows must share to stand in one panel, the task aside."""

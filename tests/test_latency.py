@@ -224,7 +224,7 @@ def _ragged(patched: Patch, tokens: Sequence[int], lengths: Sequence[int]) -> Ro
 )  # fmt: skip
 def test_methods_that_are_no_page_rule_are_refused(name: str, settings: dict[str, object]) -> None:
     method: Method = method_spec(name, **settings).build()
-    with pytest.raises(ValueError, match=f"method {type(method).__name__.lower()} as it is set"):
+    with pytest.raises(ValueError, match=f"method {type(method).__name__.lower()}: as it is set"):
         latency.page_rule(Group(method, [8], 0))
 
 

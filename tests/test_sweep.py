@@ -22,6 +22,7 @@ from quest_dist.plan import Point
 from quest_dist.prepare import prepare
 
 SWEEPS = compose.sweep_files()
+TIMES = {"kernels": 36, "breakdown": 12, "textgen": 15}
 POINTS = {
     "attention_map": 1,
     "longbench_budgets": 156,
@@ -32,6 +33,7 @@ POINTS = {
     "ruler": 84,
     "smoke": 10,
     "sparsity": 15,
+    **TIMES,
 }
 
 

@@ -36,7 +36,9 @@ def test_tasks(path, tmp_path):
     [(name, settings)] = read(path).items()
     assert name == path.stem
     task = Spec(name, settings).build(data=Generated(), seed=0, protocol={"tail": "question"})
-    assert task.count() == 10
+    timed = task.metric in stats.TIMES
+    assert task.count() == (6 if timed else 10)
+    assert task.exclusive is timed
     assert task.metric in {*stats.POINTS, *stats.LOWER_IS_BETTER}
     assert json.loads(json.dumps(task.identity())) == task.identity()
     with pytest.raises(ValueError, match="sampels"):
@@ -46,7 +48,9 @@ def test_tasks(path, tmp_path):
 def test_there_is_a_file_for_every_task_of_the_paper():
     ruler = {"niah_single", "niah_multikey", "niah_multivalue", "variable_tracking", "common_words"}
     paper = {*FORMS, "passkey", "passkey_long", "pg19", "recall", "attention_map", "sparsity"}
-    assert {path.stem for path in files("task")} == paper | ruler
+    times = {f"kernels_{size}" for size in ("512", *(f"{2**n}k" for n in range(7)))}
+    times |= {f"textgen_{size}" for size in ("8k", "16k", "32k")}
+    assert {path.stem for path in files("task")} == paper | ruler | times
 
 
 def test_ruler_tasks_have_rulers_own_numbers():

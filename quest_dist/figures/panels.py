@@ -27,6 +27,8 @@ METRICS = {
     "attention": "attention, %",
     "perplexity": "perplexity (lower is better)",
     "nll_increase": "increase in nats (lower is better)",
+    "attention_us": "attention, µs a step (lower is better)",
+    "step_ms": "ms a token (lower is better)",
 }
 Plotted = list[dict[str, Any]]
 

@@ -77,13 +77,18 @@ def judge(figure: str, row: Row) -> Verdict:
 
 def overall(figure: str, rows: Sequence[Row]) -> Verdict:
     """The verdict of a whole figure: the worst of its comparable points, and how many they are."""
-    each = [judge(figure, row) for row in rows]
+    return worst([judge(figure, row) for row in rows])
+
+
+def worst(each: Sequence[Verdict]) -> Verdict:
+    """The verdict of many points: the worst of those that can be compared, and how many they
+    are."""
     compared = [v for v in each if v.paper is not None and v.verdict in ORDER[:3]]
     if compared:
-        worst = min(compared, key=lambda v: ORDER.index(v.verdict))
+        last = min(compared, key=lambda v: ORDER.index(v.verdict))
         differ, wide, same = (sum(v.verdict == word for v in compared) for word in ORDER[:3])
         said = f"{differ} differ, {wide} within interval, {same} reproduced"
-        return Verdict(worst.verdict, f"of {len(compared)} values {said}")
+        return Verdict(last.verdict, f"of {len(compared)} values {said}")
     for word in ORDER[3:]:
         found = next((v for v in each if v.verdict == word), None)
         if found:
