@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quest_dist import closing, cost, figures, overview, schedule, stats, table
+from quest_dist import closing, estimate, figures, overview, schedule, stats, table
 from quest_dist.cluster import device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
+from quest_dist.parts import combined
 from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
-from quest_dist.progress import Progress, clock
+from quest_dist.progress import Progress
 from quest_dist.provenance import Provenance
 from quest_dist.work import Work, nothing_done
 from quest_dist.worker import failed
@@ -36,20 +37,22 @@ def run(
     provenance: Provenance | None = None,
     run_unit: str = schedule.WORKER,
     out: Console | None = None,
+    parts: Sequence[Mapping[str, Any]] = (),
 ) -> int:
     """Run (or plan) a composed configuration; return the exit status.
 
-    `run_unit` names what workers call, as module:function. Raises ValueError for mistakes of the
-    user.
+    `run_unit` names what workers call, as module:function; `parts` are the configurations of the
+    sweeps that `config` puts together. Raises ValueError for mistakes of the user.
     """
     out = out or closing.console()
-    sweep = prepare(config)
+    sweep = combined(config, parts) if parts else prepare(config)
     if config["plan"]:
         return _plan(sweep, out)
     with lock(sweep.output_dir), Ledger(sweep.output_dir / "ledger.db") as ledger:
         ledger.add_points(sweep.points)
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
+        _refuse(sweep, ledger, work)
         launched = provenance or Provenance()
         if launched.config:
             launched.save(sweep.directory / "hydra")
@@ -66,17 +69,7 @@ def _plan(sweep: Sweep, out: Console) -> int:
     with Ledger(path) if path.exists() else contextlib.nullcontext() as ledger:
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
-        closing.plan(sweep.points, sweep.counts, ledger.done if ledger else nothing_done, out)
-        memory = max((cost.worker_bytes(unit.points) for unit in work.all_units), default=0)
-        measured = ledger is not None and any(
-            ledger.pace(u.first.model.name, u.first.task.name) for u in work.all_units
-        )
-        basis = "from the ledger's own measurements" if measured else "a rough guess before any run"
-        out.print(
-            f"about {clock(work.wall())} and {memory / 2**30:.1f} GiB a worker ({basis});"
-            " nothing was run",
-            markup=False,
-        )
+        estimate.show(sweep, work, ledger, out)
     return FINISHED
 
 
@@ -91,6 +84,23 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
     line += f"; {left} units left" if left else "; nothing left to run"
     line += f", {len(work.alone)} of them timed alone" if work.alone else ""
     out.print(f"[bold]{line}[/]")
+    for refused in work.refused:
+        place = refused.unit.first
+        said = f"not begun: {place.task.name} on {place.model.name}: {refused.reason}"
+        out.print(said, style="yellow", markup=False, soft_wrap=True)
+
+
+def _refuse(sweep: Sweep, ledger: Ledger, work: Work) -> None:
+    """Keep in the ledger, as failures, what is not begun; ValueError where that is everything."""
+    if work.refused and not work.all_units:
+        unit, reason = work.refused[0]
+        raise ValueError(f"{unit.first.task.name} on {unit.first.model.name}: {reason}")
+    for unit, reason in work.refused:
+        ledger.add(
+            failed(point, sweep.metrics[point.key], sample, f"not begun: {reason}")
+            for point in unit.points
+            for sample in unit.samples
+        )
 
 
 def _run(
@@ -160,11 +170,17 @@ def _close(
     out: Console,
 ) -> int:
     rows = _rows(sweep, ledger)
-    files = _files(sweep, rows, provenance)
-    everything = [*rows, *overview.average(rows)]
-    advice = stats.recommendation(everything)
-    closing.results(everything, out)
-    out.print("\n".join(["", *overview.resolved(advice)]), markup=False, soft_wrap=True)
+    by_part = [table.rows(part.points, ledger, part.counts) for part in sweep.parts]
+    files = _files(sweep, rows, by_part, provenance)
+    advice: list[str] = []
+    for part, own in zip(sweep.parts, by_part, strict=True):
+        everything = [*own, *overview.average(own)]
+        if len(by_part) > 1:
+            closing.heading(part.name, part.about, out)
+        closing.results(everything, out)
+        found = stats.recommendation(everything)
+        out.print("\n".join(["", *overview.resolved(found)]), markup=False, soft_wrap=True)
+        advice += found
     look: list[str] = []
     if tracker is not None and tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice)):
         look = [tracker.command(), tracker.url()]
@@ -175,8 +191,14 @@ def _close(
     return FINISHED if ledger.complete(sweep.points, sweep.counts) else INCOMPLETE
 
 
-def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[Path]:
-    """Write the table and draw the figures; a date in a picture is that of its newest record."""
+def _files(
+    sweep: Sweep,
+    rows: Sequence[table.Row],
+    by_part: Sequence[Sequence[table.Row]],
+    provenance: Provenance,
+) -> list[Path]:
+    """Write the table and draw the figures of each part from its own rows; a date in a picture is
+    that of the newest record."""
     from quest_dist.figures.caption import Caption
 
     sweep.directory.mkdir(parents=True, exist_ok=True)
@@ -189,7 +211,11 @@ def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[
         date=time.strftime("%Y-%m-%d", time.gmtime(newest)),
         command=provenance.command,
     )
-    drawn = (figures.draw(name, rows, sweep.directory, caption) for name in sweep.figures)
+    drawn = [
+        figures.draw(name, own, sweep.directory, caption)
+        for part, own in zip(sweep.parts, by_part, strict=True)
+        for name in part.figures
+    ]
     return [listing, *(path for paths in drawn for path in paths)]
 
 

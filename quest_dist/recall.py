@@ -109,7 +109,8 @@ class Shadow(Batch):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Dense attention of the new token, q [1, H, 1, D] -> [1, 1, H, D], once all are asked."""
-        queries, keys, values = (x.expand(len(self.asked), -1, -1, -1) for x in (q, k, v))
+        rows = len(self.asked)
+        queries, keys, values = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
         self.asked.attend(layer, queries, keys, values, scale)
         return super().attend(layer, q, k, v, scale)
 

@@ -37,7 +37,7 @@ SEED = 0
 FEWEST_FOR_BOOTSTRAP = 8
 FEWEST_DIFFERENT = 5
 # Metrics whose samples lie in 0..100.
-POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall", "attention"})
+POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall", "attention", "string_match_all"})
 TIMES = frozenset({"attention_us", "step_ms"})
 FEWEST_FOR_CLAIM = 5  # pairs below which nothing is called lossless, whatever their spread
 LOWER_IS_BETTER = frozenset({"perplexity", "nll_increase", *TIMES})

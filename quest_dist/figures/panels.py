@@ -22,6 +22,7 @@ METRICS = {
     "f1": "F1",
     "rouge_l": "ROUGE-L",
     "accuracy": "accuracy, %",
+    "string_match_all": "answers found, %",
     "recall": "recall, %",
     "attention": "attention, %",
     "perplexity": "perplexity (lower is better)",
