@@ -51,7 +51,7 @@ def test_the_csv_holds_values_and_differences_by_position(tmp_path: Path) -> Non
     *_, data = figures.draw("fig06", read_back, tmp_path, Caption())
     lines = list(csv.DictReader(data.read_text().splitlines()))
     assert len(lines) == 9
-    (last,) = (x for x in lines if x["method"] == "quest" and x["position"] == "1024.0")
+    (last,) = (x for x in lines if x["method"] == "quest" and x["position"] == "1024")
     assert float(last["score"]) == pytest.approx(made[1].score)
     assert float(last["versus_full"]) == pytest.approx(made[1].delta)
     assert float(last["versus_full_low"]) == pytest.approx(made[1].delta_low)
@@ -83,7 +83,7 @@ def test_the_papers_values_are_compared_at_their_positions_only(tmp_path: Path) 
     *_, data = figures.draw("fig06", [ours], tmp_path, Caption())
     lines = list(csv.DictReader(data.read_text().splitlines()))
     hollow = [(x["position"], x["score"]) for x in lines if x["series"] == "paper"]
-    assert hollow == [("30000.0", "6.846"), ("32000.0", "6.819")]
+    assert hollow == [("30000", "6.846"), ("32000", "6.819")]
     assert "other model" in figures.verdicts("fig06", [quest])["fig06"].reason
 
 
