@@ -7,14 +7,12 @@ driver is the only writer; a lock on the output directory keeps a second one out
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quest_dist import closing, cost, figures, overview, schedule, stats, table
+from quest_dist import closing, cost, overview, schedule, stats, table
 from quest_dist.cluster import device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
@@ -22,6 +20,10 @@ from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
 from quest_dist.progress import Progress, clock
 from quest_dist.provenance import Provenance
+from quest_dist.report import definitions, verdicts
+from quest_dist.report import files as results
+from quest_dist.report.launched import Launched, Part
+from quest_dist.report.launched import texts as launched_texts
 from quest_dist.work import Work, nothing_done
 from quest_dist.worker import failed
 
@@ -160,11 +162,15 @@ def _close(
     out: Console,
 ) -> int:
     rows = _rows(sweep, ledger)
-    files = _files(sweep, rows, provenance)
+    launched = _launched(sweep, rows, provenance)
+    files = results.write(launched, sweep.directory)
     everything = [*rows, *overview.average(rows)]
     advice = stats.recommendation(everything)
     closing.results(everything, out)
     out.print("\n".join(["", *overview.resolved(advice)]), markup=False, soft_wrap=True)
+    lines = verdicts.lines(launched)
+    if verdicts.of_the_paper(lines):
+        closing.verdicts(lines, out)
     look: list[str] = []
     if tracker is not None and tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice)):
         look = [tracker.command(), tracker.url()]
@@ -175,22 +181,20 @@ def _close(
     return FINISHED if ledger.complete(sweep.points, sweep.counts) else INCOMPLETE
 
 
-def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[Path]:
-    """Write the table and draw the figures; a date in a picture is that of its newest record."""
-    from quest_dist.figures.caption import Caption
-
-    sweep.directory.mkdir(parents=True, exist_ok=True)
-    listing = sweep.directory / "points.csv"
-    listing.write_text(table.to_csv(rows), encoding="utf-8")
-    newest = max((r.finished_at for r in rows if r.n), default=time.time())
-    caption = Caption(
-        hardware=provenance.hardware,
-        commit=provenance.source.get("commit", "")[:12],
-        date=time.strftime("%Y-%m-%d", time.gmtime(newest)),
+def _launched(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> Launched:
+    """What is reported of a sweep: one part with all its figures."""
+    part = Part(sweep.name, sweep.figures, tuple(rows), provenance.command, sweep.about)
+    specs = {point.method.name: point.method for point in sweep.points}
+    return Launched(
+        name=sweep.name,
+        parts=(part,),
+        about=sweep.about,
         command=provenance.command,
+        hardware=provenance.hardware,
+        source=provenance.source,
+        environment=provenance.environment,
+        methods=definitions.methods(specs.values()),
     )
-    drawn = (figures.draw(name, rows, sweep.directory, caption) for name in sweep.figures)
-    return [listing, *(path for paths in drawn for path in paths)]
 
 
 def _rows(sweep: Sweep, ledger: Ledger) -> list[table.Row]:
@@ -208,4 +212,10 @@ def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:
         source=provenance.source,
         device=device_of(sweep.cluster),
     )
-    return tracker.Tracker(sweep.tracking, sweep.output_dir, known, ledger)
+    return tracker.Tracker(
+        sweep.tracking,
+        sweep.output_dir,
+        known,
+        ledger,
+        lambda rows: launched_texts(_launched(sweep, list(rows), provenance)),
+    )
