@@ -36,6 +36,7 @@ def page(launched: Launched, lines: Sequence[Line], drawn: Sequence[Drawn]) -> s
         data=values.listed(row.data for row in rows),
         badges=values.badges(rows),
         advice=[_advice(part) for part in launched.parts],
+        delta=f"{stats.DELTA:g}",
         lines=lines,
         figures=[_figure(launched, lines, found) for found in drawn],
         parts=[_points(part) for part in launched.parts],
@@ -50,8 +51,22 @@ def page(launched: Launched, lines: Sequence[Line], drawn: Sequence[Drawn]) -> s
 
 
 def _advice(part: Part) -> dict[str, Any]:
-    everything = stats.recommendation([*part.rows, *overview.average(part.rows)])
-    return {"part": part, "shown": overview.resolved(everything), "all": everything}
+    """A table of tasks by methods, where each pair has one curve; and every line in words."""
+    found = stats.advice([*part.rows, *overview.average(part.rows)])
+    several = len({row.model for row in part.rows}) > 1
+    cells: dict[str, dict[str, stats.Advice]] = {}
+    for one in found:
+        task = one.first.task_label + (f" · {one.first.model_label}" if several else "")
+        cells.setdefault(task, {})[one.first.label] = one
+    alone = sum(map(len, cells.values())) == len(found)
+    methods = list(dict.fromkeys(one.first.label for one in found))
+    table = {task: [values.lossless(by.get(m)) for m in methods] for task, by in cells.items()}
+    return {
+        "part": part,
+        "methods": methods,
+        "table": table if alone else {},
+        "lines": [one.text for one in found],
+    }
 
 
 def _figure(launched: Launched, lines: Sequence[Line], drawn: Drawn) -> dict[str, Any]:

@@ -48,6 +48,15 @@ def number(value: float, metric: str) -> str:
     return f"{value:.1f}" if metric in stats.POINTS else f"{value:.4g}"
 
 
+def lossless(found: stats.Advice | None) -> tuple[str, str]:
+    """What a cell of the table of budgets says, and its class."""
+    if found is None:
+        return "", ""
+    if found.budget is not None:
+        return str(found.budget), "lossless"
+    return ("loses", "loses") if found.known else ("not resolved", "open")
+
+
 def table(panel: Panel, part: Part) -> dict[str, Any]:
     """One task's points, a line each."""
     rows = [(line.label, row) for line in panel.lines for row in line.rows()]
