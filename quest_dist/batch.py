@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quest_dist import ops
-from quest_dist.methods.method import EVERYTHING, Method, View
+from quest_dist.methods.method import EVERYTHING, Method, Selection, View
 from quest_dist.pool import Geometry, Pool, Rows
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
@@ -173,11 +173,16 @@ class Batch:
         if view.layer < group.dense_layers:
             return view.attend(q, EVERYTHING, probabilities=False).out
         selection = method.select(view, q)
+        self.watch(first, view, q, selection)
         result = view.attend(q, selection, probabilities=method.needs_probabilities)
         if result.probabilities is not None:
             method.observe(view, selection, result.probabilities)
         self._counts.append((first, result.attended, result.read))
         return result.out
+
+    def watch(self, first: int, view: View, q: Tensor, selection: Selection) -> None:
+        """See what the rows of a group, from row `first` on, are about to attend to. Nothing is
+        done with it here."""
 
     def _start_step(self) -> None:
         before = [length - 1 for length in self.rows.lengths_list]

@@ -7,18 +7,20 @@ driver is the only writer; a lock on the output directory keeps a second one out
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quest_dist import closing, cost, overview, schedule, stats, table
+from quest_dist import closing, estimate, overview, schedule, stats, table
 from quest_dist.cluster import device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
+from quest_dist.parts import combined
 from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
-from quest_dist.progress import Progress, clock
+from quest_dist.progress import Progress
 from quest_dist.provenance import Provenance
 from quest_dist.report import definitions, verdicts
 from quest_dist.report import files as results
@@ -38,20 +40,22 @@ def run(
     provenance: Provenance | None = None,
     run_unit: str = schedule.WORKER,
     out: Console | None = None,
+    parts: Sequence[Mapping[str, Any]] = (),
 ) -> int:
     """Run (or plan) a composed configuration; return the exit status.
 
-    `run_unit` names what workers call, as module:function. Raises ValueError for mistakes of the
-    user.
+    `run_unit` names what workers call, as module:function; `parts` are the configurations of the
+    sweeps that `config` puts together. Raises ValueError for mistakes of the user.
     """
     out = out or closing.console()
-    sweep = prepare(config)
+    sweep = combined(config, parts) if parts else prepare(config)
     if config["plan"]:
         return _plan(sweep, out)
     with lock(sweep.output_dir), Ledger(sweep.output_dir / "ledger.db") as ledger:
         ledger.add_points(sweep.points)
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
+        _refuse(sweep, ledger, work)
         launched = provenance or Provenance()
         if launched.config:
             launched.save(sweep.directory / "hydra")
@@ -68,17 +72,7 @@ def _plan(sweep: Sweep, out: Console) -> int:
     with Ledger(path) if path.exists() else contextlib.nullcontext() as ledger:
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
-        closing.plan(sweep.points, sweep.counts, ledger.done if ledger else nothing_done, out)
-        memory = max((cost.worker_bytes(unit.points) for unit in work.all_units), default=0)
-        measured = ledger is not None and any(
-            ledger.pace(u.first.model.name, u.first.task.name) for u in work.all_units
-        )
-        basis = "from the ledger's own measurements" if measured else "a rough guess before any run"
-        out.print(
-            f"about {clock(work.wall())} and {memory / 2**30:.1f} GiB a worker ({basis});"
-            " nothing was run",
-            markup=False,
-        )
+        estimate.show(sweep, work, ledger, out)
     return FINISHED
 
 
@@ -93,6 +87,23 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
     line += f"; {left} units left" if left else "; nothing left to run"
     line += f", {len(work.alone)} of them timed alone" if work.alone else ""
     out.print(f"[bold]{line}[/]")
+    for refused in work.refused:
+        place = refused.unit.first
+        said = f"not begun: {place.task.name} on {place.model.name}: {refused.reason}"
+        out.print(said, style="yellow", markup=False, soft_wrap=True)
+
+
+def _refuse(sweep: Sweep, ledger: Ledger, work: Work) -> None:
+    """Keep in the ledger, as failures, what is not begun; ValueError where that is everything."""
+    if work.refused and not work.all_units:
+        unit, reason = work.refused[0]
+        raise ValueError(f"{unit.first.task.name} on {unit.first.model.name}: {reason}")
+    for unit, reason in work.refused:
+        ledger.add(
+            failed(point, sweep.metrics[point.key], sample, f"not begun: {reason}")
+            for point in unit.points
+            for sample in unit.samples
+        )
 
 
 def _run(
@@ -162,12 +173,17 @@ def _close(
     out: Console,
 ) -> int:
     rows = _rows(sweep, ledger)
-    launched = _launched(sweep, rows, provenance)
+    launched = _launched(sweep, ledger, provenance)
     files = results.write(launched, sweep.directory)
-    everything = [*rows, *overview.average(rows)]
-    advice = stats.recommendation(everything)
-    closing.results(everything, out)
-    out.print("\n".join(["", *overview.resolved(advice)]), markup=False, soft_wrap=True)
+    advice: list[str] = []
+    for part in launched.parts:
+        everything = [*part.rows, *overview.average(part.rows)]
+        if len(launched.parts) > 1:
+            closing.heading(part.name, part.about, out)
+        closing.results(everything, out)
+        found = stats.recommendation(everything)
+        out.print("\n".join(["", *overview.resolved(found)]), markup=False, soft_wrap=True)
+        advice += found
     lines = verdicts.lines(launched)
     if verdicts.of_the_paper(lines):
         closing.verdicts(lines, out)
@@ -181,13 +197,22 @@ def _close(
     return FINISHED if ledger.complete(sweep.points, sweep.counts) else INCOMPLETE
 
 
-def _launched(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> Launched:
-    """What is reported of a sweep: one part with all its figures."""
-    part = Part(sweep.name, sweep.figures, tuple(rows), provenance.command, sweep.about)
+def _launched(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Launched:
+    """What is reported: each part with its figures and its own rows."""
+    parts = tuple(
+        Part(
+            part.name,
+            part.figures,
+            tuple(table.rows(part.points, ledger, part.counts)),
+            provenance.command if len(sweep.parts) == 1 else _command(part.name, provenance),
+            part.about,
+        )
+        for part in sweep.parts
+    )
     specs = {point.method.name: point.method for point in sweep.points}
     return Launched(
         name=sweep.name,
-        parts=(part,),
+        parts=parts,
         about=sweep.about,
         command=provenance.command,
         hardware=provenance.hardware,
@@ -195,6 +220,13 @@ def _launched(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> La
         environment=provenance.environment,
         methods=definitions.methods(specs.values()),
     )
+
+
+def _command(part: str, provenance: Provenance) -> str:
+    """The launch's command for one of its parts alone."""
+    own = ("sweep=", "name=", "about=", "parts=")
+    given = [a for a in provenance.overrides if not a.lstrip("+").startswith(own)]
+    return shlex.join(["python", "-m", "quest_dist.sweep", f"+sweep={part}", *given])
 
 
 def _rows(sweep: Sweep, ledger: Ledger) -> list[table.Row]:
@@ -217,5 +249,5 @@ def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:
         sweep.output_dir,
         known,
         ledger,
-        lambda rows: launched_texts(_launched(sweep, list(rows), provenance)),
+        lambda rows: launched_texts(_launched(sweep, ledger, provenance)),
     )

@@ -21,14 +21,27 @@ _CHOSEN = ("model", "method", "task")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A sweep's points, with the samples of each by key, and the figures that they are for."""
+
+    name: str
+    about: str
+    figures: tuple[str, ...]
+    points: tuple[Point, ...]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A checked sweep. `counts` and `metrics` map a point's key to its samples and metric;
-    `exclusive` are the keys of points that are times, and run alone on their device."""
+    """A checked sweep: one part, or several in one launch (see quest_dist.parts), whose points are
+    run once however many parts they are in. `counts` and `metrics` map a point's key to its samples
+    and metric; `exclusive` are the keys of points that are times, and run alone on their device.
+    """
 
     name: str
     about: str
     output_dir: Path
-    figures: tuple[str, ...]
+    parts: tuple[Part, ...]
     points: tuple[Point, ...]
     counts: Mapping[str, int]
     metrics: Mapping[str, str]
@@ -52,8 +65,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     limit = config["limit"]
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1 sample, or null for all")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(config["name"])):
-        raise ValueError(f"name={config['name']!r}: letters, digits, '.', '_' and '-' only")
+    check_name(config["name"])
     figures.check(config["figures"])
     resources = Cluster(**config["cluster"])
     cluster.check(resources)
@@ -63,18 +75,20 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     _check_models(specs["model"], grid["model"], cluster.device_of(resources))
     for name in grid["model"]:
         specs["model"][name] = _identified(specs["model"][name])
-    protocol = _named(config["protocol"], "protocol")
+    protocol = protocol_of(config["protocol"])
     tasks, data = _tasks(config, specs["task"], protocol)
     points = plan.points(grid, config["exclude"], specs, data, protocol)
     points = _timed_by_shape(points, tasks)
+    _check_lengths(points, tasks)
     _check_methods(points, tasks, resources)
     samples = {name: task.count() for name, task in tasks.items()}
     counts = {p.key: min(samples[p.task.name], limit or samples[p.task.name]) for p in points}
+    name, about = str(config["name"]), str(config["about"])
     return Sweep(
-        name=str(config["name"]),
-        about=str(config["about"]),
-        output_dir=Path(config["output_dir"]).expanduser().absolute(),
-        figures=tuple(config["figures"]),
+        name=name,
+        about=about,
+        output_dir=output_dir(config),
+        parts=(Part(name, about, tuple(config["figures"]), tuple(points), counts),),
         points=tuple(points),
         counts=counts,
         metrics={p.key: tasks[p.task.name].metric for p in points},
@@ -83,6 +97,17 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
         tracking=config["tracking"],
         config=config,
     )
+
+
+def output_dir(config: Mapping[str, Any]) -> Path:
+    """Where a configuration's results go."""
+    return Path(config["output_dir"]).expanduser().absolute()
+
+
+def check_name(name: object) -> None:
+    """Raise ValueError unless a sweep's name can name a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(name)):
+        raise ValueError(f"name={name!r}: letters, digits, '.', '_' and '-' only")
 
 
 def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
@@ -94,6 +119,12 @@ def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
                 f" 'grid.{group}=[NAME]'"
             )
     return {name: Spec(name, settings) for name, settings in options.items()}
+
+
+def protocol_of(settings: Mapping[str, Any]) -> Spec:
+    """Return the protocol; its `dense_layers` has reached the grid and is each point's own."""
+    content = {key: value for key, value in settings.items() if key != "dense_layers"}
+    return plan.with_content(_named(settings, "protocol"), content)
 
 
 def _check_chosen(config: Mapping[str, Any]) -> None:
@@ -142,7 +173,6 @@ def _tasks(
             task = specs[name].build(data=records, seed=0, protocol=dict(protocol.settings))
             count = task.count()
             data[name] = plan.with_content(source, task.identity())
-            _check_length(config, task.needs())
         except ValueError as error:
             raise ValueError(f"task {name}: {error}") from error
         if count < 1:
@@ -166,12 +196,15 @@ def _timed_by_shape(points: Sequence[Point], tasks: Mapping[str, Task]) -> list[
     return list(found.values())
 
 
-def _check_length(config: Mapping[str, Any], needs: int | None) -> None:
-    for name in config["grid"]["model"]:
-        holds = config["model"][name].get("max_length")  # null: the worker learns it by loading
+def _check_lengths(points: Sequence[Point], tasks: Mapping[str, Task]) -> None:
+    for point in points:
+        needs = tasks[point.task.name].needs()
+        # null: the worker learns it by loading
+        holds = point.model.settings.get("max_length")
         if needs is not None and holds is not None and needs > holds:
             raise ValueError(
-                f"a sample takes {needs} tokens, more than model.{name}.max_length={holds}"
+                f"task {point.task.name}: a sample takes {needs} tokens, more than"
+                f" model.{point.model.name}.max_length={holds}"
             )
 
 

@@ -37,13 +37,13 @@ SEED = 0
 FEWEST_FOR_BOOTSTRAP = 8
 FEWEST_DIFFERENT = 5
 # Metrics whose samples lie in 0..100.
-POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall"})
+POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall", "attention", "string_match_all"})
 TIMES = frozenset({"attention_us", "step_ms"})
 FEWEST_FOR_CLAIM = 5  # pairs below which nothing is called lossless, whatever their spread
 DELTA = 2.0  # what is called lossless: points of a score, percent of a perplexity
 LOWER_IS_BETTER = frozenset({"perplexity", "nll_increase", *TIMES})
 #: Metrics in which a method can be called lossless: faster or slower is another question.
-ACCURACIES = frozenset({*POINTS, "perplexity"}) - {"recall"}
+ACCURACIES = frozenset({*POINTS, "perplexity"}) - {"recall", "attention"}
 
 _Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 

@@ -25,6 +25,8 @@ TASKS = {
     "multifieldqa_en": ("f1", 43.0),
     "passkey": ("accuracy", 100.0),
     "pg19": ("perplexity", 6.8),
+    "recall": ("recall", 90.0),
+    "attention_map": ("attention", 60.0),
 }
 LONGBENCH = tuple(TASKS)[:6]
 MODELS = {"smollm2": "SmolLM2-135M", "longchat_7b": "LongChat-7B-v1.5-32K"}

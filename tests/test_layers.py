@@ -23,7 +23,7 @@ DOORS = {
     "sqlite3": ("ledger",),
     "jinja2": ("report/",),
     "flashinfer": ("on_flashinfer",),
-    "rich": ("progress", "closing", "launch", "bench/"),
+    "rich": ("progress", "closing", "estimate", "launch", "bench/"),
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
@@ -32,11 +32,23 @@ LAYERS = (
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
     ("tasks/", "ledger", "cost", "stats"),
     ("pool", "batch", "methods/", "bundled", "details"),
-    ("table",),
+    ("table", "ordering"),
     ("attention", "models", "overview", "projection"),
-    ("engine", "latency", "figures/", "mlflow_store", "mlflow_read", "tracker", "provenance"),
+    (
+        "engine",
+        "latency",
+        "recall",
+        "attention_map",
+        "figures/",
+        "mlflow_store",
+        "mlflow_read",
+        "tracker",
+        "provenance",
+    ),
     ("worker", "prepare", "report/"),
+    ("parts",),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),
+    ("estimate",),
     ("launch", "compose", "mistakes"),
     ("sweep", "figures/__main__", "bench/"),
 )

@@ -90,7 +90,7 @@ def test_a_folder_reads_back_as_the_launch_and_gives_the_same_bytes(
 ) -> None:
     again = launched.read(lambda name: (made / name).read_text(encoding="utf-8"))
     paths = files.write(again, tmp_path)
-    assert len(paths) == 3 + 2 * 3 + 2
+    assert len(paths) == 4 + 2 * 3 + 2
     assert {p.relative_to(tmp_path): p.read_bytes() for p in paths} == {
         p.relative_to(made): p.read_bytes() for p in made.rglob("*") if p.is_file()
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quest_dist import models
+from quest_dist import models, stats
 from quest_dist.folders import find
 from quest_dist.plan import Spec
 from quest_dist.tasks.generated import Generated
@@ -37,14 +37,42 @@ def test_tasks(path, tmp_path):
     assert name == path.stem
     task = Spec(name, settings).build(data=Generated(), seed=0, protocol={"tail": "question"})
     assert task.count() == 10
-    assert task.metric in ("f1", "rouge_l", "accuracy", "perplexity")
+    assert task.metric in {*stats.POINTS, *stats.LOWER_IS_BETTER}
     assert json.loads(json.dumps(task.identity())) == task.identity()
     with pytest.raises(ValueError, match="sampels"):
         Spec(name, {**settings, "sampels": 3}).build(data=Generated(), seed=0, protocol={})
 
 
 def test_there_is_a_file_for_every_task_of_the_paper():
-    assert {path.stem for path in files("task")} == {*FORMS, "passkey", "pg19"}
+    ruler = {"niah_single", "niah_multikey", "niah_multivalue", "variable_tracking", "common_words"}
+    paper = {*FORMS, "passkey", "passkey_long", "pg19", "recall", "attention_map"}
+    assert {path.stem for path in files("task")} == paper | ruler
+
+
+def test_ruler_tasks_have_rulers_own_numbers():
+    numbers = {
+        "niah_single": {"keys": 1, "values": 1, "queries": 1, "max_new_tokens": 128},
+        "niah_multikey": {"keys": 4, "values": 1, "queries": 1, "max_new_tokens": 128},
+        "niah_multivalue": {"keys": 1, "values": 4, "queries": 1, "max_new_tokens": 128},
+        "variable_tracking": {"chains": 1, "hops": 4, "max_new_tokens": 30},
+        "common_words": {
+            **{"common": 10, "common_repeats": 30, "other_repeats": 3, "max_new_tokens": 120}
+        },
+    }
+    for name, expected in numbers.items():
+        [settings] = read(CONF / "task" / f"{name}.yaml").values()
+        assert settings.items() >= {**expected, "length": 4096, "chat": True}.items()
+
+
+def parameters(shape):
+    """The parameters of a Llama (or Qwen2, with `qkv_bias`) of this shape."""
+    hidden, queries = shape["hidden"], shape["heads"] * shape["head_dim"]
+    keys = shape["kv_heads"] * shape["head_dim"]
+    attention = 2 * hidden * queries + 2 * hidden * keys
+    attention += queries + 2 * keys if shape["qkv_bias"] else 0
+    layer = attention + 3 * hidden * shape["intermediate"] + 2 * hidden
+    embedded = shape["vocab"] * hidden * (1 if shape["tied"] else 2)
+    return embedded + shape["layers"] * layer + hidden
 
 
 @pytest.mark.parametrize("path", files("model"), ids=ids)
@@ -57,8 +85,10 @@ def test_models(path):
         assert "not installed" in str(error)  # noqa: PT017 - only the bundled package may be absent
     shape = settings["shape"]
     assert set(shape) == {
-        *("layers", "heads", "kv_heads", "head_dim", "hidden", "vocab", "parameters", "max_length")
+        *("layers", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "vocab"),
+        *("rope_theta", "tied", "qkv_bias", "parameters", "max_length"),
     }
+    assert shape["parameters"] == parameters(shape)
     assert shape["heads"] % shape["kv_heads"] == 0
     assert shape["heads"] * shape["head_dim"] == shape["hidden"]
     assert settings["max_length"] == shape["max_length"]
@@ -82,3 +112,4 @@ def test_protocols(path):
     settings = read(path)
     assert settings["label"] == path.stem
     Protocol.parse(settings)
+    assert settings["dense_layers"] == (0 if path.stem == "kvpress" else 2)

@@ -58,8 +58,12 @@ class Launched:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """The rows of all parts, a point that several parts have once."""
-        return tuple({(r.point, r.n_expected): r for p in self.parts for r in p.rows}.values())
+        """The rows of all parts; of a point that several have, the one with most samples."""
+        found: dict[str, Row] = {}
+        for row in (row for part in self.parts for row in part.rows):
+            if row.point not in found or row.n_expected > found[row.point].n_expected:
+                found[row.point] = row
+        return tuple(found.values())
 
     @property
     def figures(self) -> tuple[str, ...]:
@@ -81,7 +85,8 @@ def date(rows: Iterable[Row]) -> str:
 
 def texts(launched: Launched) -> dict[str, str]:
     """The files that hold a launch, by their paths in its folder: launch.json and CSVs."""
-    files = {_path(launched, part): to_csv(part.rows) for part in launched.parts}
+    files = {"points.csv": to_csv(launched.rows)}
+    files |= {_path(launched, part): to_csv(part.rows) for part in launched.parts}
     facts = {
         "version": VERSION,
         "name": launched.name,
