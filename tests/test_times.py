@@ -115,12 +115,12 @@ def test_a_context_is_a_whole_number_of_pages(tmp_path: Path) -> None:
     assert "context=512 is no multiple of page_size=24" in error
 
 
-def test_times_run_last_and_say_what_they_cost(tmp_path: Path) -> None:
-    given = [*COMMON, "grid.task=[kernels_512,textgen_8k]", "grid.budget=[64]"]
-    sweep = prepare(compose.composed(given))
-    work = Work.of(sweep, None)
-    assert not work.units
-    assert [unit.first.task.name for unit in work.all_units] == ["textgen_8k", "kernels_512"]
+def test_times_run_last_and_say_what_they_cost() -> None:
+    given = [*COMMON, "grid.task=[kernels_512,passkey,textgen_8k]", "grid.budget=[64]"]
+    work = Work.of(prepare(compose.composed(given)), None)
+    order = [unit.first.task.name for unit in work.all_units]
+    assert set(order[:-2]) == {"passkey"}
+    assert sorted(order[-2:]) == ["kernels_512", "textgen_8k"]
     config = compose.composed(["+sweep=textgen"])
     points = prepare(config).points
     assert 3.5e9 < cost.worker_bytes(points[-5:]) < 6e9  # 2.5 GB of weights and 1 GB of cache
@@ -136,8 +136,10 @@ def test_breakdown_shares_its_points_with_kernels() -> None:
 def test_the_key_of_a_time_is_the_shape_not_the_weights() -> None:
     given = [*COMMON, "grid.task=[kernels_512]", "grid.budget=[64]"]
     keys = [p.key for p in prepare(compose.composed(given)).points]
-    moved = [p.key for p in prepare(compose.composed([*given, "model.tiny.repo=else/where"])).points]
-    assert moved == keys
+    moved = [
+        p.key for p in prepare(compose.composed([*given, "model.tiny.repo=else/where"])).points
+    ]
+    assert [p.key for p in moved] == keys
     wide = [p.key for p in prepare(compose.composed([*given, "model.tiny.shape.heads=8"])).points]
     assert not set(wide) & set(keys)
 
