@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from quest_dist.lossless import Lossless
 from quest_dist.plan import Point
 from quest_dist.table import Panel, Row, pivot
 
@@ -31,6 +32,31 @@ def results(rows: Sequence[Row], out: Console) -> None:
     for panel in pivot(rows):
         out.print()
         out.print(_panel(panel))
+
+
+def lossless(findings: Sequence[Lossless], out: Console) -> None:
+    """Print what a search found, a line a curve."""
+    first = findings[0]
+    title = f"smallest lossless budget · delta {first.delta:g} · confidence {first.confidence:g}"
+    columns = ("task", "method", "lossless from", "lossy at", "unresolved")
+    shown = Table(*columns, title=title, title_justify="left")
+    for name in ("difference from full", "pairs", "evaluations"):
+        shown.add_column(name, justify="right")
+    several = len({finding.model for finding in findings}) > 1
+    for finding in findings:
+        shown.add_row(
+            finding.task + (f" · {finding.model}" if several else ""),
+            finding.label,
+            "" if finding.budget is None else str(finding.budget),
+            "" if finding.lossy is None else str(finding.lossy),
+            "not searched to the end" if finding.open else finding.undecided,
+            f"{finding.difference:+.1f} [dim]{finding.low:+.0f} to {finding.high:+.0f}[/dim]"
+            f" at {finding.at}",
+            str(finding.pairs),
+            f"{finding.evaluations}/{finding.grid}",
+        )
+    out.print()
+    out.print(shown)
 
 
 def plan(

@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quest_dist import closing, cost, figures, overview, schedule, stats, table
-from quest_dist.cluster import device_of
+from quest_dist import (
+    closing,
+    cost,
+    figures,
+    lossless,
+    matched,
+    overview,
+    schedule,
+    stats,
+    table,
+)
+from quest_dist.cluster import Workers, device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
 from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
 from quest_dist.progress import Progress, clock
 from quest_dist.provenance import Provenance
-from quest_dist.work import Work, nothing_done
+from quest_dist.work import EMPTY, Work, nothing_done
 from quest_dist.worker import failed
 
 if TYPE_CHECKING:
@@ -48,7 +58,7 @@ def run(
         return _plan(sweep, out)
     with lock(sweep.output_dir), Ledger(sweep.output_dir / "ledger.db") as ledger:
         ledger.add_points(sweep.points)
-        work = Work.of(sweep, ledger)
+        work = Work.of(sweep.asking(ledger, EMPTY), ledger)
         _announce(sweep, ledger, work, out)
         launched = provenance or Provenance()
         if launched.config:
@@ -57,7 +67,7 @@ def run(
         finished = True
         with _following(sweep, ledger, tracker) as changed:
             if work.all_units:
-                finished = _run(sweep, ledger, work, changed, run_unit, out)
+                finished = _run(sweep, ledger, changed, run_unit, out)
         return _close(sweep, ledger, tracker, launched, finished, out)
 
 
@@ -72,12 +82,35 @@ def _plan(sweep: Sweep, out: Console) -> int:
             ledger.pace(u.first.model.name, u.first.task.name) for u in work.all_units
         )
         basis = "from the ledger's own measurements" if measured else "a rough guess before any run"
+        wall = clock(work.wall())
+        if sweep.search.delta is not None:
+            first = sweep.asking(ledger or matched.NOTHING, EMPTY)
+            out.print("\n".join(_searching(sweep, first)), markup=False, soft_wrap=True)
+            wall = f"{clock(Work.of(first, ledger).wall())} to {wall}"
         out.print(
-            f"about {clock(work.wall())} and {memory / 2**30:.1f} GiB a worker ({basis});"
-            " nothing was run",
+            f"about {wall} and {memory / 2**30:.1f} GiB a worker ({basis}); nothing was run",
             markup=False,
         )
     return FINISHED
+
+
+def _searching(sweep: Sweep, first: Sweep) -> list[str]:
+    """What a search may take: the next rung alone, or all samples of all points."""
+    search = sweep.search
+    least, most = sum(first.counts.values()), sum(sweep.counts.values())
+    lines = [
+        f"search: budgets that lose less than {search.delta:g} points, confidence"
+        f" {search.confidence:g}; {least} evaluations if the next rung decides all, {most} (the"
+        " grid) if none is decided"
+    ]
+    fewest = min(n for key, n in sweep.counts.items() if key not in sweep.exclusive)
+    if fewest < search.equal_pairs:
+        lines.append(
+            f"search: with {fewest} samples nothing can be called lossless: it takes"
+            f" {search.equal_pairs} pairs at least, all equal; raise the tasks' samples,"
+            " or search.delta"
+        )
+    return lines
 
 
 def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> None:
@@ -96,21 +129,48 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
 def _run(
     sweep: Sweep,
     ledger: Ledger,
-    work: Work,
     changed: Callable[[], None],
     run_unit: str,
     out: Console,
 ) -> bool:
-    """Schedule the units; return False when interrupted."""
-    workers = work.workers
+    """Run what the ledger lacks, a search rung by rung; return False when interrupted."""
+    storage = sweep.directory / "tune"
+    tried: dict[str, int] = {}
+    try:
+        with schedule.opened(sweep.cluster, storage, run_unit) as run_units:
+            while True:
+                now = sweep.asking(ledger, tried)
+                work = Work.of(now, ledger, tried)
+                if not work.units:
+                    break
+                if not _round(now, ledger, work, work.units, work.workers, run_units, changed, out):
+                    return False
+                tried = {k: n for k, n in now.counts.items() if k not in sweep.exclusive}
+            # Times are taken last, when nothing else of this sweep runs.
+            return not work.alone or _round(
+                now, ledger, work, work.alone, work.one, run_units, changed, out
+            )
+    except KeyboardInterrupt:  # while Ray was stopping
+        return False
+
+
+def _round(
+    sweep: Sweep,
+    ledger: Ledger,
+    work: Work,
+    units: Sequence[Unit],
+    workers: Workers,
+    run_units: schedule.RunUnits,
+    changed: Callable[[], None],
+    out: Console,
+) -> bool:
+    """Schedule units; return False when interrupted."""
     resources = f"{workers.count} x {workers.cpus} threads"
     if workers.gpus:
         resources += f" and {workers.gpus:g} GPU (cuda)"
     where = "this process" if sweep.cluster.backend == "inline" else "Ray Tune"
     described = f"{where}, {resources}; {sweep.output_dir}"
-    with Progress(
-        sweep.points, work.all_units, ledger.records, work.seconds, described, out
-    ) as progress:
+    with Progress(sweep.points, units, ledger.records, work.seconds, described, out) as progress:
 
         def on_report(report: schedule.Report) -> None:
             ledger.add(report["records"])
@@ -126,13 +186,7 @@ def _run(
             progress.failure(unit, message)
             changed()
 
-        storage = sweep.directory / "tune"
-        # Times are taken last, when nothing else of this sweep runs.
-        return all(
-            schedule.run(units, given, sweep.cluster, on_report, on_failure, storage, run_unit)
-            for units, given in ((work.units, workers), (work.alone, work.one))
-            if units
-        )
+        return run_units(units, workers, on_report, on_failure)
 
 
 @contextlib.contextmanager
@@ -161,10 +215,15 @@ def _close(
 ) -> int:
     rows = _rows(sweep, ledger)
     files = _files(sweep, rows, provenance)
-    everything = [*rows, *overview.average(rows)]
-    advice = stats.recommendation(everything)
+    found = lossless.found(rows)
+    # Points of a search have as many samples as they needed, so their means do not compare.
+    everything = rows if found else [*rows, *overview.average(rows)]
+    advice = lossless.lines(rows) if found else stats.recommendation(everything)
     closing.results(everything, out)
-    out.print("\n".join(["", *overview.resolved(advice)]), markup=False, soft_wrap=True)
+    if found:
+        closing.lossless(found, out)
+    said = advice[len(found) :] if found else overview.resolved(advice)
+    out.print("\n".join(["", *said]), markup=False, soft_wrap=True)
     look: list[str] = []
     if tracker is not None and tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice)):
         look = [tracker.command(), tracker.url()]
@@ -172,7 +231,8 @@ def _close(
     closing.failures(rows, out)
     if not finished:
         out.print("interrupted; the same command again goes on from here", style="yellow")
-    return FINISHED if ledger.complete(sweep.points, sweep.counts) else INCOMPLETE
+    asked = sweep.asking(ledger, EMPTY).counts
+    return FINISHED if ledger.complete(sweep.points, asked) else INCOMPLETE
 
 
 def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[Path]:
@@ -182,6 +242,10 @@ def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[
     sweep.directory.mkdir(parents=True, exist_ok=True)
     listing = sweep.directory / "points.csv"
     listing.write_text(table.to_csv(rows), encoding="utf-8")
+    listings = [listing]
+    if found := lossless.found(rows):
+        listings.append(sweep.directory / "lossless.csv")
+        listings[-1].write_text(lossless.to_csv(found), encoding="utf-8")
     newest = max((r.finished_at for r in rows if r.n), default=time.time())
     caption = Caption(
         hardware=provenance.hardware,
@@ -190,11 +254,12 @@ def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[
         command=provenance.command,
     )
     drawn = (figures.draw(name, rows, sweep.directory, caption) for name in sweep.figures)
-    return [listing, *(path for paths in drawn for path in paths)]
+    return [*listings, *(path for paths in drawn for path in paths)]
 
 
 def _rows(sweep: Sweep, ledger: Ledger) -> list[table.Row]:
-    return table.rows(sweep.points, ledger, sweep.counts)
+    rows = table.rows(sweep.points, ledger, sweep.asking(ledger, EMPTY).counts)
+    return matched.told(sweep.search, sweep.points, sweep.counts, sweep.exclusive, ledger, rows)
 
 
 def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:

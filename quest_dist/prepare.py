@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quest_dist import cluster, figures, models, plan
+from quest_dist import cluster, figures, matched, models, plan
 from quest_dist.cluster import Cluster
 from quest_dist.plan import Point, Spec
+from quest_dist.search import Search
 from quest_dist.tasks.task import Task
 
 _CHOSEN = ("model", "method", "task")
@@ -34,8 +35,14 @@ class Sweep:
     metrics: Mapping[str, str]
     exclusive: frozenset[str]
     cluster: Cluster
+    search: Search
     tracking: Mapping[str, Any]
     config: Mapping[str, Any]
+
+    def asking(self, ledger: matched.Records, tried: Mapping[str, int]) -> Sweep:
+        """This sweep with the counts that the ledger must hold next (see matched.asked)."""
+        wanted = matched.asked(self.search, self.points, self.counts, self.exclusive, ledger, tried)
+        return replace(self, counts=wanted)
 
     @property
     def directory(self) -> Path:
@@ -57,6 +64,8 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     figures.check(config["figures"])
     resources = Cluster(**config["cluster"])
     cluster.check(resources)
+    search = Search(**config["search"])
+    search.check()
     specs = {group: specs_of(config[group], group) for group in _CHOSEN}
     _check_chosen(config)
     plan.check_grid(grid, specs)
@@ -68,6 +77,9 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     points = plan.points(grid, config["exclude"], specs, data, protocol)
     points = _timed_by_shape(points, tasks)
     _check_methods(points, tasks, resources)
+    metrics = {p.key: tasks[p.task.name].metric for p in points}
+    if search.delta is not None:
+        matched.check(points, metrics)
     samples = {name: task.count() for name, task in tasks.items()}
     counts = {p.key: min(samples[p.task.name], limit or samples[p.task.name]) for p in points}
     return Sweep(
@@ -77,9 +89,10 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
         figures=tuple(config["figures"]),
         points=tuple(points),
         counts=counts,
-        metrics={p.key: tasks[p.task.name].metric for p in points},
+        metrics=metrics,
         exclusive=frozenset(p.key for p in points if tasks[p.task.name].exclusive),
         cluster=resources,
+        search=search,
         tracking=config["tracking"],
         config=config,
     )
