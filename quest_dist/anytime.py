@@ -50,7 +50,7 @@ def equal_pairs_needed(loss: float, below: float) -> int:
 
 def _lower(values: NDArray[np.float64], alpha: float) -> float:
     """The largest mean, in 0..1, against which the wealth has reached 1 / alpha; 0 if none."""
-    if not len(values):
+    if not values.any():
         return 0.0
     low, high = 0.0, float(values.mean())  # wealth against the mean itself is at most 1
     for _ in range(STEPS):

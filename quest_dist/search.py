@@ -43,9 +43,9 @@ LOSSLESS, LOSSY, UNRESOLVED, OPEN, PASSED_BY = (
 METRICS = stats.ACCURACIES & stats.POINTS
 
 
-@dataclass
+@dataclass  # Hydra fills it, so it cannot be frozen
 class Search:
-    """Settings (not frozen: Hydra fills it). `delta`: points of the score that a lossless budget may lose, None: no search;
+    """Settings. `delta`: points of the score that a lossless budget may lose, None: no search;
     `confidence` that no claim of a curve is wrong; `first_samples` of the first rung."""
 
     delta: float | None = None
