@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 #: pairs that never differ (all of it) and pairs that often do.
 STAKES = np.array([1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16])
 SHARES = np.array([1 / 2, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
-STEPS = 40  # halvings of a bound's place: far below a millionth of the range
+STEPS = 24  # halvings of a bound's place: below a millionth of the range
 
 
 def bounds(
@@ -44,8 +44,17 @@ def bounds(
 
 
 def equal_pairs_needed(loss: float, below: float) -> int:
-    """Pairs that must agree, all of them, before a mean loss of `loss` (0..1) is ruled out."""
-    return math.ceil(math.log(1 / (below * SHARES[0])) / -math.log1p(-loss))
+    """Pairs that must agree, all of them, before a mean loss of `loss` is ruled out.
+
+    `loss` is a share of the most that a sample can lose, and a sample can win as much.
+    """
+    grown = np.log1p(STAKES * loss / (1 - loss))  # by one equal pair
+    few, enough = 0, math.ceil(math.log(1 / (below * SHARES[0])) / float(grown[0]))
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        wealth = np.logaddexp.reduce(np.log(SHARES) + middle * grown)
+        few, enough = (few, middle) if wealth >= -math.log(below) else (middle, enough)
+    return enough
 
 
 def _lower(values: NDArray[np.float64], alpha: float) -> float:

@@ -117,7 +117,8 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
     pairs = sum(sweep.counts.values())
     done = ledger.done if ledger is not None else nothing_done
     have = sum(len(done(p.key) & set(range(sweep.counts[p.key]))) for p in sweep.points)
-    line = f"{sweep.name}: {len(sweep.points)} points, {pairs} records"
+    most = "" if sweep.search.delta is None else "at most "
+    line = f"{sweep.name}: {len(sweep.points)} points, {most}{pairs} records"
     if have:
         line += f", {have} of them done"
     left = len(work.all_units)

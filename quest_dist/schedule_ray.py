@@ -17,12 +17,12 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import quest_dist
-from quest_dist.cluster import Cluster, Workers
+from quest_dist.cluster import Cluster, Workers, check_fits
 from quest_dist.plan import Unit
 from quest_dist.schedule import Round, by_model, can_retry, resolve
 from quest_dist.worker import Runtime, describe
@@ -291,18 +291,3 @@ def _check_version() -> None:
 def _nodes() -> list[dict[str, float]]:
     """The resources of every living node."""
     return [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-
-
-def check_fits(cpus: float, gpus: float, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raise ValueError when no node can ever hold one worker; Ray would wait for ever."""
-    wanted = {"CPU": cpus, "GPU": gpus}
-    if any(all(node.get(name, 0.0) >= n for name, n in wanted.items()) for node in nodes):
-        return
-    largest = ", ".join(
-        f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}s" for name in wanted
-    )
-    raise ValueError(
-        f"cluster: a worker needs {cpus:g} CPUs and {gpus:g} GPUs on one node;"
-        f" the largest of {len(nodes)} nodes have {largest};"
-        " set cluster.cpus_per_worker and cluster.gpus_per_worker"
-    )

@@ -26,7 +26,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", figures.NAMES)
+@pytest.mark.parametrize("name", TASK_OF)
 def test_every_figure_is_three_files_and_the_csv_holds_every_dot(name: str, tmp_path: Path) -> None:
     rows = synthetic.sweep(tmp_path, synthetic.points([TASK_OF[name]], **FEW), 3)
     png, pdf, data = figures.draw(name, rows, tmp_path / "out", CAPTION)
@@ -43,7 +43,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in once] == [p.read_bytes() for p in again]
 
 
-@pytest.mark.parametrize("name", figures.NAMES)
+@pytest.mark.parametrize("name", TASK_OF)
 @pytest.mark.parametrize("n", [0, 1])
 def test_partial_tables_draw_what_exists(name: str, n: int, tmp_path: Path) -> None:
     points = synthetic.points([TASK_OF[name]], **FEW)

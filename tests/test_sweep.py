@@ -22,7 +22,7 @@ from quest_dist.plan import Point
 from quest_dist.prepare import prepare
 
 SWEEPS = compose.sweep_files()
-POINTS = {"longbench_budgets": 156, "passkey": 36, "pg19": 21, "smoke": 10}
+POINTS = {"longbench_budgets": 156, "passkey": 36, "pg19": 21, "smoke": 10, "matched": 78}
 
 
 def grid_points(name: str, *overrides: str) -> tuple[Point, ...]:

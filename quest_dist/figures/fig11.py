@@ -45,37 +45,18 @@ def takes(row: Row) -> bool:
 
 def verdicts(rows: Sequence[Row]) -> dict[str, Verdict]:
     """fig11a: the budgets; fig11b: the latency at them."""
-    each = [judge(find, _row(rows, find)) for find in lossless.found(rows)]
-    compared = [v for v in each if v.paper is not None]
-    timed = [row for row in rows if row.metric == latency_at.METRIC and row.n]
-    if compared:
-        worst = min(compared, key=lambda v: paper.ORDER.index(v.verdict))
-        counts = [sum(v.verdict == word for v in compared) for word in paper.ORDER[:3]]
-        said = "{} differ, {} within interval, {} reproduced".format(*counts)
-        budgets = Verdict(worst.verdict, f"of {len(compared)} budgets {said}")
-    else:
-        budgets = each[0] if each else Verdict("not run", "no budgets were searched")
+    budgets = [judge(find, _row(rows, find)) for find in lossless.found(rows)]
     latency = Verdict("not run", UNTIMED)
-    if timed:
+    if any(row.metric == latency_at.METRIC and row.n for row in rows):
         latency = Verdict("not comparable", "other hardware (the paper: RTX 4090)")
-    return {"fig11a": budgets, "fig11b": latency}
+    return {"fig11a": paper.worst(budgets, "budgets"), "fig11b": latency}
 
 
 def judge(find: Lossless, row: Row) -> Verdict:
-    """How a bracket stands to the paper's budget: it must hold it, and hold no other of ours."""
-    setting, reason = paper.beside(NAME, row)
-    if setting is None:
-        return Verdict("not comparable", reason)
-    value = setting["values"].get(find.task, {}).get(find.method)
-    if value is None:
-        return Verdict("not comparable", f"the paper has no {find.task} for {find.label}")
-    low, high = find.lossy or 0, find.budget if find.budget is not None else math.inf
-    ours = f"ours above {low}" + (f", from {high} on" if find.budget is not None else "")
-    said = f"{ours} (delta {find.delta:g}); the paper {value}, without a delta"
-    if not low < value <= high:
-        return Verdict("differs", said, value)
-    sure = find.budget is not None and not find.undecided
-    return Verdict("reproduced" if sure else "within interval", said, value)
+    """How a finding stands to the paper's budget: its bracket must hold it."""
+    resolved = find.budget is not None and not find.undecided
+    most = math.inf if find.budget is None else float(find.budget)
+    return paper.bracket(NAME, row, find.lossy or 0, most, resolved, find.delta)
 
 
 def draw(rows: Sequence[Row], caption: Caption) -> tuple[Figure, Plotted]:
@@ -175,7 +156,7 @@ def _bar(axes: Axes, at: float, width: float, method: str, line: dict[str, Any])
         axes.bar([at], [line["value"]], size, color=color, alpha=0.92, lw=0, zorder=3)
         if method != "full" and line["undecided"]:
             axes.vlines([at], max(low, 1), line["value"], color=style.INK, lw=1.4, zorder=5)
-        text = style.tokens(round(line["value"]))
+        text = "" if method == "full" else style.tokens(line["value"])
         top = line["value"]
     else:
         where = {"bottom": max(low, 1), "zorder": 2, "lw": 0.8, "hatch": "////"}
@@ -276,7 +257,12 @@ def _ticks(
 ) -> None:
     names = {(row.model, row.task): row.task_label for row in rows}
     several = len({model for model, _ in tasks}) > 1
-    labels = [names[place] + (f"\n{place[0]}" if several else "") for place in tasks]
+    contexts = {(f.model, f.task): _context(rows, _row(rows, f)) for f in found}
+    labels = [
+        f"{names[place]}{f', {place[0]}' if several else ''}\n"
+        f"{style.tokens(round(contexts[place]))} tokens"
+        for place in tasks
+    ]
     for panel in axes:
         panel.set_xticks(range(len(tasks)), labels, color=style.INK)
         panel.tick_params(axis="x", length=0)

@@ -83,15 +83,42 @@ def beside(figure: str, row: Row) -> tuple[dict[str, Any] | None, str]:
     return None, sorted(reasons)[0]
 
 
+def bracket(
+    figure: str, row: Row, above: int, upto: float, resolved: bool, delta: float
+) -> Verdict:
+    """The verdict of a budget known to lie in (above, upto]; `resolved`: at no other of ours.
+
+    `row` says what was measured; the paper's value is its task's and method's.
+    """
+    setting, reason = beside(figure, row)
+    if setting is None:
+        return Verdict("not comparable", reason)
+    value = setting["values"].get(row.task, {}).get(row.method)
+    if value is None:
+        return Verdict("not comparable", f"the paper has no {row.task} for {row.label}")
+    ours = f"ours above {above}" + (f", from {upto:g} on" if math.isfinite(upto) else "")
+    said = f"{ours} (delta {delta:g}); the paper {value}, without a delta"
+    if not above < value <= upto:
+        return Verdict("differs", said, value)
+    return Verdict("reproduced" if resolved else "within interval", said, value)
+
+
+def worst(verdicts: Sequence[Verdict], what: str) -> Verdict:
+    """The worst of the verdicts that compare with the paper, and how many of `what` they are."""
+    compared = [v for v in verdicts if v.paper is not None and v.verdict in ORDER[:3]]
+    if not compared:
+        return next((v for v in verdicts), Verdict("not run", f"no {what}"))
+    found = min(compared, key=lambda v: ORDER.index(v.verdict))
+    differ, wide, same = (sum(v.verdict == word for v in compared) for word in ORDER[:3])
+    said = f"{differ} differ, {wide} within interval, {same} reproduced"
+    return Verdict(found.verdict, f"of {len(compared)} {what} {said}")
+
+
 def overall(figure: str, rows: Sequence[Row]) -> Verdict:
     """The verdict of a whole figure: the worst of its comparable points, and how many they are."""
     each = [judge(figure, row) for row in rows]
-    compared = [v for v in each if v.paper is not None and v.verdict in ORDER[:3]]
-    if compared:
-        worst = min(compared, key=lambda v: ORDER.index(v.verdict))
-        differ, wide, same = (sum(v.verdict == word for v in compared) for word in ORDER[:3])
-        said = f"{differ} differ, {wide} within interval, {same} reproduced"
-        return Verdict(worst.verdict, f"of {len(compared)} values {said}")
+    if any(v.paper is not None and v.verdict in ORDER[:3] for v in each):
+        return worst(each, "values")
     for word in ORDER[3:]:
         found = next((v for v in each if v.verdict == word), None)
         if found:
