@@ -50,7 +50,7 @@ class Search:
 
     delta: float | None = None
     confidence: float = 0.95
-    first_samples: int = 8
+    first_samples: int = 12
 
     def check(self) -> None:
         """Raise ValueError for settings that mean nothing."""

@@ -1,4 +1,4 @@
-"""Figure 11 is a function of rows: brackets, latency at a budget, and the paper where it compares."""
+"""Figure 11 is a function of rows: brackets, latency at a budget, and the paper beside them."""
 
 from __future__ import annotations
 

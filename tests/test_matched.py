@@ -1,4 +1,4 @@
-"""A sweep that searches: it finds the known curves, goes on where it was cut, and says what it did."""
+"""A sweep that searches: finds the known curves, goes on where it was cut, says what it did."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def test_what_a_grid_has_evaluated_costs_nothing_and_decides_the_same(
     run(tmp_path / "alone")
     alone = evaluations(log)
     log.unlink()
-    run(tmp_path / "out", "search.delta=null", "limit=10")
+    run(tmp_path / "out", "search.delta=null", "limit=20")
     grid = evaluations(log)
     run(tmp_path / "out")
     assert found(tmp_path / "out") == found(tmp_path / "alone")
-    assert alone < evaluations(log) < grid + alone
+    assert 0 < evaluations(log) - grid < alone / 2
 
 
 def test_failed_samples_are_left_out_then_tried_again(
