@@ -1,10 +1,10 @@
-"""Closing: the tables and lines that a sweep ends with, or that a plan consists of."""
+"""Closing: the tables and lines that a sweep ends with."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from quest_dist.lossless import Lossless
-from quest_dist.plan import Point
 from quest_dist.table import Panel, Row, pivot
 
 
@@ -34,8 +33,8 @@ def results(rows: Sequence[Row], out: Console) -> None:
         out.print(_panel(panel))
 
 
-def lossless(findings: Sequence[Lossless], out: Console) -> None:
-    """Print what a search found, a line a curve."""
+def lossless(findings: Sequence[Lossless], totals: Sequence[str], out: Console) -> None:
+    """Print what a search found, a line a curve, and what it took."""
     first = findings[0]
     title = f"smallest lossless budget · delta {first.delta:g} · confidence {first.confidence:g}"
     columns = ("task", "method", "lossless from", "lossy at", "unresolved")
@@ -57,34 +56,13 @@ def lossless(findings: Sequence[Lossless], out: Console) -> None:
         )
     out.print()
     out.print(shown)
+    out.print("\n".join(totals), markup=False, soft_wrap=True)
 
 
-def plan(
-    points: Sequence[Point],
-    counts: Mapping[str, int],
-    done: Callable[[str], set[int]],
-    out: Console,
-) -> None:
-    """Print what a sweep consists of: a line a task, with methods, budgets and what is done."""
-    places: dict[tuple[str, str], list[Point]] = {}
-    for point in points:
-        places.setdefault((point.task.name, point.model.name), []).append(point)
-    listing = Table("task", "model", "points", "methods", "budgets", "samples", "done")
-    for (task, model), members in places.items():
-        methods = ", ".join(dict.fromkeys(p.method.name for p in members))
-        budgets = sorted({p.budget for p in members if p.budget is not None})
-        expected = sum(counts[p.key] for p in members)
-        have = sum(len(done(p.key) & set(range(counts[p.key]))) for p in members)
-        listing.add_row(
-            task,
-            model,
-            str(len(members)),
-            methods,
-            " ".join(map(str, budgets)),
-            str(max(counts[p.key] for p in members)),
-            f"{have}/{expected}",
-        )
-    out.print(listing)
+def heading(name: str, about: str, out: Console) -> None:
+    """Print where one part of a launch begins."""
+    out.print()
+    out.rule(f"[bold]{escape(name)}[/]: {escape(about)}", align="left")
 
 
 def failures(rows: Iterable[Row], out: Console) -> None:

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,9 @@ class Cluster:
     workers compute; auto is cuda where `gpus_per_worker` gives them a GPU, else cpu; cuda gives
     each one GPU unless `gpus_per_worker` says otherwise.
     `cpus_per_worker` is also a worker's number of threads. `max_failures`: times that a unit is
-    tried again after its worker broke. `env`: environment variables for the workers of an
-    attached cluster.
+    tried again after its worker broke. `check_memory`: units that need more memory, by estimate,
+    than this machine (or its smallest GPU) has are not begun. `env`: environment variables for the
+    workers of an attached cluster.
     """
 
     backend: str = "ray"
@@ -41,6 +43,7 @@ class Cluster:
     gpus_per_worker: float | None = None
     samples_per_unit: int | None = None
     max_failures: int = 2
+    check_memory: bool = True
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -179,6 +182,27 @@ def available_memory() -> int:
     if limit.isdigit() and used.isdigit():
         free = min(free, max(0, int(limit) - int(used)))
     return free
+
+
+def worker_memory(cluster: Cluster) -> int | None:
+    """Bytes that one worker can have at most; None where that is not known here (another machine,
+    or no nvidia-smi)."""
+    if cluster.address is not None:
+        return None
+    gpus = gpus_of(cluster)
+    if not gpus:
+        found = re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo"))
+        limit = _read("/sys/fs/cgroup/memory.max")
+        sizes = [int(found[1]) * 1024] if found else []
+        sizes += [int(limit)] if limit.isdigit() else []
+        return min(sizes, default=None)
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    each = [int(line) * 2**20 for line in said.stdout.split() if line.isdigit()]
+    return int(min(each) * gpus) if each else None
 
 
 def _read(path: str) -> str:

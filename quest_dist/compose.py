@@ -17,7 +17,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from quest_dist import mistakes
 from quest_dist.cluster import Cluster
@@ -61,6 +65,7 @@ class Config:
     output_dir: str = "outputs"
     plan: bool = False
     figures: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
     grid: Grid = field(default_factory=Grid)
     exclude: list[Any] = field(default_factory=list)
     search: Search = field(default_factory=Search)
@@ -117,6 +122,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is not set: give it as {error.full_key}=...") from None
+    except InterpolationKeyError as error:
+        raise ValueError(f"{error.full_key}: {_one_line(str(error.msg).splitlines()[0])}") from None
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(str(error))) from None
     assert isinstance(container, dict)
@@ -152,6 +159,26 @@ def composed(overrides: Sequence[str]) -> dict[str, Any]:
             return plain(compose(config_name="config", overrides=list(overrides)))
     except mistakes.ERRORS as error:
         raise ValueError(mistakes.explain(error, defaults)) from None
+
+
+def parts(config: Mapping[str, Any], overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The configurations of the sweeps that `config.parts` names, each as the command line with
+    these overrides would give it; none for a sweep without parts.
+
+    Raises ValueError for a part that is no sweep, or has parts itself.
+    """
+    found = []
+    own = re.compile(r"\+*sweep=|name=|about=|parts=")
+    shared = [override for override in overrides if not own.match(override)]
+    names = sweep_files()
+    for name in config["parts"]:
+        if name not in names:
+            raise ValueError(f"parts: no sweep '{name}'; {did_you_mean(name, names)}")
+        part = composed([f"+sweep={name}", *shared])
+        if part["parts"]:
+            raise ValueError(f"parts: sweep '{name}' has parts itself")
+        found.append(part)
+    return found
 
 
 def _extras(

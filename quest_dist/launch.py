@@ -16,7 +16,7 @@ from rich.console import Console
 
 from quest_dist import (
     closing,
-    cost,
+    estimate,
     figures,
     lossless,
     matched,
@@ -28,9 +28,10 @@ from quest_dist import (
 from quest_dist.cluster import Workers, device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
+from quest_dist.parts import combined
 from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
-from quest_dist.progress import Progress, clock
+from quest_dist.progress import Progress
 from quest_dist.provenance import Provenance
 from quest_dist.work import EMPTY, Work, nothing_done
 from quest_dist.worker import failed
@@ -46,20 +47,22 @@ def run(
     provenance: Provenance | None = None,
     run_unit: str = schedule.WORKER,
     out: Console | None = None,
+    parts: Sequence[Mapping[str, Any]] = (),
 ) -> int:
     """Run (or plan) a composed configuration; return the exit status.
 
-    `run_unit` names what workers call, as module:function. Raises ValueError for mistakes of the
-    user.
+    `run_unit` names what workers call, as module:function; `parts` are the configurations of the
+    sweeps that `config` puts together. Raises ValueError for mistakes of the user.
     """
     out = out or closing.console()
-    sweep = prepare(config)
+    sweep = combined(config, parts) if parts else prepare(config)
     if config["plan"]:
         return _plan(sweep, out)
     with lock(sweep.output_dir), Ledger(sweep.output_dir / "ledger.db") as ledger:
         ledger.add_points(sweep.points)
         work = Work.of(sweep.asking(ledger, EMPTY), ledger)
         _announce(sweep, ledger, work, out)
+        _refuse(sweep, ledger, work)
         launched = provenance or Provenance()
         if launched.config:
             launched.save(sweep.directory / "hydra")
@@ -76,48 +79,16 @@ def _plan(sweep: Sweep, out: Console) -> int:
     with Ledger(path) if path.exists() else contextlib.nullcontext() as ledger:
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
-        closing.plan(sweep.points, sweep.counts, ledger.done if ledger else nothing_done, out)
-        memory = max((cost.worker_bytes(unit.points) for unit in work.all_units), default=0)
-        measured = ledger is not None and any(
-            ledger.pace(u.first.model.name, u.first.task.name) for u in work.all_units
-        )
-        basis = "from the ledger's own measurements" if measured else "a rough guess before any run"
-        wall = clock(work.wall())
-        if sweep.search.delta is not None:
-            first = sweep.asking(ledger or matched.NOTHING, EMPTY)
-            out.print("\n".join(_searching(sweep, first)), markup=False, soft_wrap=True)
-            wall = f"{clock(Work.of(first, ledger).wall())} to {wall}"
-        out.print(
-            f"about {wall} and {memory / 2**30:.1f} GiB a worker ({basis}); nothing was run",
-            markup=False,
-        )
+        estimate.show(sweep, work, ledger, out)
+        estimate.searches(sweep, ledger, out)
     return FINISHED
-
-
-def _searching(sweep: Sweep, first: Sweep) -> list[str]:
-    """What a search may take: the next rung alone, or all samples of all points."""
-    search = sweep.search
-    least, most = sum(first.counts.values()), sum(sweep.counts.values())
-    lines = [
-        f"search: budgets that lose less than {search.delta:g} points, confidence"
-        f" {search.confidence:g}; {least} evaluations if the next rung decides all, {most} (the"
-        " grid) if none is decided"
-    ]
-    fewest = min(n for key, n in sweep.counts.items() if key not in sweep.exclusive)
-    if fewest < search.equal_pairs:
-        lines.append(
-            f"search: with {fewest} samples nothing can be called lossless: it takes"
-            f" {search.equal_pairs} pairs at least, all equal; raise the tasks' samples,"
-            " or search.delta"
-        )
-    return lines
 
 
 def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> None:
     pairs = sum(sweep.counts.values())
     done = ledger.done if ledger is not None else nothing_done
     have = sum(len(done(p.key) & set(range(sweep.counts[p.key]))) for p in sweep.points)
-    most = "" if sweep.search.delta is None else "at most "
+    most = "at most " if any(part.search.delta for part in sweep.parts) else ""
     line = f"{sweep.name}: {len(sweep.points)} points, {most}{pairs} records"
     if have:
         line += f", {have} of them done"
@@ -125,6 +96,23 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
     line += f"; {left} units left" if left else "; nothing left to run"
     line += f", {len(work.alone)} of them timed alone" if work.alone else ""
     out.print(f"[bold]{line}[/]")
+    for refused in work.refused:
+        place = refused.unit.first
+        said = f"not begun: {place.task.name} on {place.model.name}: {refused.reason}"
+        out.print(said, style="yellow", markup=False, soft_wrap=True)
+
+
+def _refuse(sweep: Sweep, ledger: Ledger, work: Work) -> None:
+    """Keep in the ledger, as failures, what is not begun; ValueError where that is everything."""
+    if work.refused and not work.all_units:
+        unit, reason = work.refused[0]
+        raise ValueError(f"{unit.first.task.name} on {unit.first.model.name}: {reason}")
+    for unit, reason in work.refused:
+        ledger.add(
+            failed(point, sweep.metrics[point.key], sample, f"not begun: {reason}")
+            for point in unit.points
+            for sample in unit.samples
+        )
 
 
 def _run(
@@ -215,16 +203,23 @@ def _close(
     out: Console,
 ) -> int:
     rows = _rows(sweep, ledger)
-    files = _files(sweep, rows, provenance)
-    found = lossless.found(rows)
-    # Points of a search have as many samples as they needed, so their means do not compare.
-    everything = rows if found else [*rows, *overview.average(rows)]
-    advice = lossless.lines(rows) if found else stats.recommendation(everything)
-    closing.results(everything, out)
-    if found:
-        closing.lossless(found, out)
-    said = advice[len(found) :] if found else overview.resolved(advice)
-    out.print("\n".join(["", *said]), markup=False, soft_wrap=True)
+    by_part = _by_part(sweep, ledger)
+    files = _files(sweep, rows, by_part, provenance)
+    advice: list[str] = []
+    for part, own in zip(sweep.parts, by_part, strict=True):
+        if len(by_part) > 1:
+            closing.heading(part.name, part.about, out)
+        if found := lossless.found(own):
+            # Its points have as many samples as they needed, so their means do not compare.
+            closing.results(own, out)
+            closing.lossless(found, lossless.totals(own), out)
+            advice += lossless.lines(own)
+            continue
+        everything = [*own, *overview.average(own)]
+        closing.results(everything, out)
+        said = stats.recommendation(everything)
+        out.print("\n".join(["", *overview.resolved(said)]), markup=False, soft_wrap=True)
+        advice += said
     look: list[str] = []
     if tracker is not None and tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice)):
         look = [tracker.command(), tracker.url()]
@@ -236,15 +231,21 @@ def _close(
     return FINISHED if ledger.complete(sweep.points, asked) else INCOMPLETE
 
 
-def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[Path]:
-    """Write the table and draw the figures; a date in a picture is that of its newest record."""
+def _files(
+    sweep: Sweep,
+    rows: Sequence[table.Row],
+    by_part: Sequence[Sequence[table.Row]],
+    provenance: Provenance,
+) -> list[Path]:
+    """Write the table and draw the figures of each part from its own rows; a date in a picture is
+    that of the newest record."""
     from quest_dist.figures.caption import Caption
 
     sweep.directory.mkdir(parents=True, exist_ok=True)
     listing = sweep.directory / "points.csv"
     listing.write_text(table.to_csv(rows), encoding="utf-8")
     listings = [listing]
-    if found := lossless.found(rows):
+    if found := [finding for own in by_part for finding in lossless.found(own)]:
         listings.append(sweep.directory / "lossless.csv")
         listings[-1].write_text(lossless.to_csv(found), encoding="utf-8")
     newest = max((r.finished_at for r in rows if r.n), default=time.time())
@@ -254,13 +255,36 @@ def _files(sweep: Sweep, rows: list[table.Row], provenance: Provenance) -> list[
         date=time.strftime("%Y-%m-%d", time.gmtime(newest)),
         command=provenance.command,
     )
-    drawn = (figures.draw(name, rows, sweep.directory, caption) for name in sweep.figures)
+    drawn = [
+        figures.draw(name, own, sweep.directory, caption)
+        for part, own in zip(sweep.parts, by_part, strict=True)
+        for name in part.figures
+    ]
     return [*listings, *(path for paths in drawn for path in paths)]
 
 
 def _rows(sweep: Sweep, ledger: Ledger) -> list[table.Row]:
+    """The table of all points, with what searches found."""
     rows = table.rows(sweep.points, ledger, sweep.asking(ledger, EMPTY).counts)
-    return matched.told(sweep.search, sweep.points, sweep.counts, sweep.exclusive, ledger, rows)
+    for part in sweep.parts:
+        rows = matched.told(part.search, part.points, part.counts, sweep.exclusive, ledger, rows)
+    return rows
+
+
+def _by_part(sweep: Sweep, ledger: Ledger) -> list[list[table.Row]]:
+    """The table of each part's points, with what its own search found."""
+    asking = sweep.asking(ledger, EMPTY).parts
+    return [
+        matched.told(
+            part.search,
+            part.points,
+            part.counts,
+            sweep.exclusive,
+            ledger,
+            table.rows(part.points, ledger, now.counts),
+        )
+        for part, now in zip(sweep.parts, asking, strict=True)
+    ]
 
 
 def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:

@@ -80,7 +80,12 @@ def evaluations(rows: Iterable[Row]) -> tuple[int, int, int, int]:
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """One line a curve, what was saved, and what a claim takes; none where nothing was searched."""
+    """One line a curve, and the totals; none where nothing was searched."""
+    return [*(finding.said() for finding in found(rows)), *totals(rows)]
+
+
+def totals(rows: Sequence[Row]) -> list[str]:
+    """What the search of the rows saved, and what a claim takes."""
     findings = found(rows)
     if not findings:
         return []
@@ -88,7 +93,6 @@ def lines(rows: Sequence[Row]) -> list[str]:
     first = findings[0]
     pairs = Search(first.delta, first.confidence).equal_pairs
     return [
-        *(finding.said() for finding in findings),
         f"evaluations: {done} of the grid's {grid}, {grid - done} ({1 - done / grid:.0%}) saved;"
         f" samples prefilled: {prefills} of {all_prefills}",
         f"lossless within {first.delta:g} takes {pairs} pairs at least, all equal, at confidence"

@@ -33,6 +33,7 @@ KEYS = {
     "dtype": "bfloat16",
     "chat": "none",
     "bos": None,
+    "eos": None,
     "max_length": None,
     "max_prompt": None,
 }
@@ -81,11 +82,20 @@ def _read(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"model.bos={read['bos']!r} is not true, false or null (as the tokenizer does)"
         )
+    eos = read["eos"]
+    if eos is not None and not (eos and isinstance(eos, list) and all(map(_is_id, eos))):
+        raise ValueError(
+            f"model.eos={eos!r} is not a list of token ids or null (all that the model names)"
+        )
     if read["source"] == "hub" and not read["repo"]:
         raise ValueError("model.repo is empty; a hub model needs owner/name")
     if read["source"] == "local" and not read["path"]:
         raise ValueError("model.path is empty; a local model needs its folder")
     return read
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _local(path: str) -> Path:
@@ -123,6 +133,8 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         key: read[key] for key in ("source", "dtype", "chat", "bos", "max_length", "max_prompt")
     }
+    if read["eos"] is not None:
+        kept["eos"] = sorted(set(read["eos"]))
     if read["source"] == "bundled":
         return {**kept, "weights": bundled.content(), "recipe": bundled.RECIPE}
     if read["source"] == "hub":
@@ -266,7 +278,7 @@ def language(read: Mapping[str, Any], tokenizer: Any, model: Any) -> Language:
         head=head,
         foot=foot,
         max_length=limit,
-        eos_ids=end_tokens(tokenizer, model),
+        eos_ids=frozenset(read["eos"] or end_tokens(tokenizer, model)),
         bos=tokenizer.bos_token_id if wanted else None,
         max_prompt=read["max_prompt"],
     )

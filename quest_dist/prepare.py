@@ -22,27 +22,47 @@ _CHOSEN = ("model", "method", "task")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A sweep's points, with the samples of each by key, and the figures that they are for."""
+
+    name: str
+    about: str
+    figures: tuple[str, ...]
+    points: tuple[Point, ...]
+    counts: Mapping[str, int]
+    search: Search
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A checked sweep. `counts` and `metrics` map a point's key to its samples and metric;
-    `exclusive` are the keys of points that are times, and run alone on their device."""
+    """A checked sweep: one part, or several in one launch (see quest_dist.parts), whose points are
+    run once however many parts they are in. `counts` and `metrics` map a point's key to its samples
+    and metric; `exclusive` are the keys of points that are times, and run alone on their device.
+    """
 
     name: str
     about: str
     output_dir: Path
-    figures: tuple[str, ...]
+    parts: tuple[Part, ...]
     points: tuple[Point, ...]
     counts: Mapping[str, int]
     metrics: Mapping[str, str]
     exclusive: frozenset[str]
     cluster: Cluster
-    search: Search
     tracking: Mapping[str, Any]
     config: Mapping[str, Any]
 
     def asking(self, ledger: matched.Records, tried: Mapping[str, int]) -> Sweep:
         """This sweep with the counts that the ledger must hold next (see matched.asked)."""
-        wanted = matched.asked(self.search, self.points, self.counts, self.exclusive, ledger, tried)
-        return replace(self, counts=wanted)
+        parts = []
+        counts: dict[str, int] = {}
+        for part in self.parts:
+            wanted = matched.asked(
+                part.search, part.points, part.counts, self.exclusive, ledger, tried
+            )
+            parts.append(replace(part, counts=wanted))
+            counts |= {key: max(n, counts.get(key, 0)) for key, n in wanted.items()}
+        return replace(self, parts=tuple(parts), counts=counts)
 
     @property
     def directory(self) -> Path:
@@ -59,8 +79,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     limit = config["limit"]
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1 sample, or null for all")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(config["name"])):
-        raise ValueError(f"name={config['name']!r}: letters, digits, '.', '_' and '-' only")
+    check_name(config["name"])
     figures.check(config["figures"])
     resources = Cluster(**config["cluster"])
     cluster.check(resources)
@@ -72,30 +91,42 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     _check_models(specs["model"], grid["model"], cluster.device_of(resources))
     for name in grid["model"]:
         specs["model"][name] = _identified(specs["model"][name])
-    protocol = _named(config["protocol"], "protocol")
+    protocol = protocol_of(config["protocol"])
     tasks, data = _tasks(config, specs["task"], protocol)
     points = plan.points(grid, config["exclude"], specs, data, protocol)
     points = _timed_by_shape(points, tasks)
+    _check_lengths(points, tasks)
     _check_methods(points, tasks, resources)
     metrics = {p.key: tasks[p.task.name].metric for p in points}
     if search.delta is not None:
         matched.check(points, metrics)
     samples = {name: task.count() for name, task in tasks.items()}
     counts = {p.key: min(samples[p.task.name], limit or samples[p.task.name]) for p in points}
+    name, about = str(config["name"]), str(config["about"])
     return Sweep(
-        name=str(config["name"]),
-        about=str(config["about"]),
-        output_dir=Path(config["output_dir"]).expanduser().absolute(),
-        figures=tuple(config["figures"]),
+        name=name,
+        about=about,
+        output_dir=output_dir(config),
+        parts=(Part(name, about, tuple(config["figures"]), tuple(points), counts, search),),
         points=tuple(points),
         counts=counts,
         metrics=metrics,
         exclusive=frozenset(p.key for p in points if tasks[p.task.name].exclusive),
         cluster=resources,
-        search=search,
         tracking=config["tracking"],
         config=config,
     )
+
+
+def output_dir(config: Mapping[str, Any]) -> Path:
+    """Where a configuration's results go."""
+    return Path(config["output_dir"]).expanduser().absolute()
+
+
+def check_name(name: object) -> None:
+    """Raise ValueError unless a sweep's name can name a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(name)):
+        raise ValueError(f"name={name!r}: letters, digits, '.', '_' and '-' only")
 
 
 def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
@@ -107,6 +138,12 @@ def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
                 f" 'grid.{group}=[NAME]'"
             )
     return {name: Spec(name, settings) for name, settings in options.items()}
+
+
+def protocol_of(settings: Mapping[str, Any]) -> Spec:
+    """Return the protocol; its `dense_layers` has reached the grid and is each point's own."""
+    content = {key: value for key, value in settings.items() if key != "dense_layers"}
+    return plan.with_content(_named(settings, "protocol"), content)
 
 
 def _check_chosen(config: Mapping[str, Any]) -> None:
@@ -155,7 +192,6 @@ def _tasks(
             task = specs[name].build(data=records, seed=0, protocol=dict(protocol.settings))
             count = task.count()
             data[name] = plan.with_content(source, task.identity())
-            _check_length(config, task.needs())
         except ValueError as error:
             raise ValueError(f"task {name}: {error}") from error
         if count < 1:
@@ -179,12 +215,15 @@ def _timed_by_shape(points: Sequence[Point], tasks: Mapping[str, Task]) -> list[
     return list(found.values())
 
 
-def _check_length(config: Mapping[str, Any], needs: int | None) -> None:
-    for name in config["grid"]["model"]:
-        holds = config["model"][name].get("max_length")  # null: the worker learns it by loading
+def _check_lengths(points: Sequence[Point], tasks: Mapping[str, Task]) -> None:
+    for point in points:
+        needs = tasks[point.task.name].needs()
+        # null: the worker learns it by loading
+        holds = point.model.settings.get("max_length")
         if needs is not None and holds is not None and needs > holds:
             raise ValueError(
-                f"a sample takes {needs} tokens, more than model.{name}.max_length={holds}"
+                f"task {point.task.name}: a sample takes {needs} tokens, more than"
+                f" model.{point.model.name}.max_length={holds}"
             )
 
 

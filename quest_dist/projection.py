@@ -236,7 +236,7 @@ def _shared(row: Row) -> dict[str, str]:
 
 
 def _params(row: Row, identity: Mapping[str, Any]) -> dict[str, str]:
-    """The short list a person sorts by, then the method's and the model's own settings."""
+    """The short list a person sorts by, then the settings of protocol, method and model."""
     params: dict[str, Any] = {
         "model": row.model,
         "task": row.task,
@@ -248,9 +248,9 @@ def _params(row: Row, identity: Mapping[str, Any]) -> dict[str, str]:
         "data": row.data,
         "protocol": row.protocol,
     }
-    for group in ("method", "model"):
+    for group in ("protocol", "method", "model"):
         for key, value in identity.get(group, {}).items():
-            if key not in ("name", "_target_") and isinstance(value, str | int | float | bool):
+            if key not in ("name", "_target_") and isinstance(value, str | int | float | list):
                 params[f"{group}.{key}"] = value
     return {key: str(value)[:LONGEST_TEXT] for key, value in list(params.items())[:30]}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quest_dist import compose, welcome
 from quest_dist.folders import find
@@ -57,20 +57,13 @@ def _hydra(arguments: list[str]) -> int:
             " as in 'grid.budget=[256,512]'"
         )
     compose.register(arguments)
-    status = FINISHED
+    composed: list[tuple[dict[str, Any], str]] = []
     mistake: ValueError | None = None
 
     def task(cfg: DictConfig) -> None:
-        nonlocal status, mistake
-        from quest_dist import launch
-        from quest_dist.cluster import Cluster, device_of
-        from quest_dist.provenance import Provenance
-
+        nonlocal mistake
         try:
-            config = compose.plain(cfg)
-            device = device_of(Cluster(**config["cluster"]))
-            provenance = Provenance.here(arguments, compose.text(cfg), device)
-            status = launch.run(config, provenance)
+            composed.append((compose.plain(cfg), compose.text(cfg)))
         except ValueError as error:  # kept from Hydra, which would add words of its own
             mistake = error
 
@@ -87,7 +80,18 @@ def _hydra(arguments: list[str]) -> int:
             os.environ["HYDRA_FULL_ERROR"] = wanted
     if mistake is not None:
         raise mistake
-    return status
+    return _run(*composed[0], arguments) if composed else FINISHED
+
+
+def _run(config: dict[str, Any], text: str, arguments: list[str]) -> int:
+    """Launch what was composed, outside of Hydra, which composes the parts once more."""
+    from quest_dist import launch
+    from quest_dist.cluster import Cluster, device_of
+    from quest_dist.provenance import Provenance
+
+    parts = compose.parts(config, arguments)
+    device = device_of(Cluster(**config["cluster"]))
+    return launch.run(config, Provenance.here(arguments, text, device), parts=parts)
 
 
 def _mistake(text: str, status: int = MISTAKE) -> int:

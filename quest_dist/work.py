@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from quest_dist import cost
-from quest_dist.cluster import Workers, fit
+from quest_dist.cluster import Cluster, Workers, fit, worker_memory
 from quest_dist.ledger import Ledger
 from quest_dist.plan import Point, Unit, units
 from quest_dist.prepare import Sweep
@@ -19,10 +20,17 @@ EMPTY: Mapping[str, int] = {}
 SLICE_SECONDS = 900.0  # and never much longer than this, so that a lost worker loses little
 
 
+class Refused(NamedTuple):
+    """A unit that is not begun, and why."""
+
+    unit: Unit
+    reason: str
+
+
 class Work:
     """What is left to do: `units` that run side by side on `workers`, then `alone`, whose units
     have the machine (of a cluster: one worker's device) to themselves, one after the other, on
-    `one`."""
+    `one`. `refused` fit no worker here and are not begun."""
 
     def __init__(
         self,
@@ -30,9 +38,10 @@ class Work:
         alone: Sequence[Unit],
         workers: Workers,
         one: Workers,
+        refused: Sequence[Refused],
         seconds: Callable[[Unit], float],
     ) -> None:
-        self.units, self.alone = found, alone
+        self.units, self.alone, self.refused = found, alone, refused
         self.workers, self.one, self.seconds = workers, one, seconds
 
     @classmethod
@@ -47,7 +56,10 @@ class Work:
         pace = ledger.pace if ledger is not None else no_pace
         timed = [point for point in sweep.points if point.key in sweep.exclusive]
         beside = [point for point in sweep.points if point.key not in sweep.exclusive]
-        whole = units(beside, sweep.counts, done, lambda row: 10**9)
+        whole, refused = _fitting(
+            units(beside, sweep.counts, done, lambda row: 10**9), sweep.cluster
+        )
+        beside = list({point.key: point for unit in whole for point in unit.points}.values())
         workers = fit(sweep.cluster, max((cost.worker_bytes(u.points) for u in whole), default=1))
         gpu = workers.gpus > 0
 
@@ -63,7 +75,9 @@ class Work:
             return round(target / cost.sample_seconds(row, workers.cpus, gpu, pace)) or 1
 
         found = units(beside, sweep.counts, done, size, seconds)
-        alone = units(timed, sweep.counts, done, lambda row: 10**9, seconds)
+        alone, too_large = _fitting(
+            units(timed, sweep.counts, done, lambda row: 10**9, seconds), sweep.cluster
+        )
         one = fit(replace(sweep.cluster, workers=1), 1)
         count = max(1, min(workers.count, len(found)))
         if sweep.cluster.cpus_per_worker is None and sweep.cluster.address is None:
@@ -71,7 +85,7 @@ class Work:
             workers = Workers(count, workers.cpus * workers.count // count, workers.gpus)
         else:
             workers = Workers(count, workers.cpus, workers.gpus)
-        return cls(found, alone, workers, one, seconds)
+        return cls(found, alone, workers, one, [*refused, *too_large], seconds)
 
     @property
     def all_units(self) -> list[Unit]:
@@ -84,6 +98,25 @@ class Work:
         for unit in self.units:
             ends[ends.index(min(ends))] += self.seconds(unit)
         return max(ends) + sum(map(self.seconds, self.alone))
+
+
+def _fitting(found: Sequence[Unit], cluster: Cluster) -> tuple[list[Unit], list[Refused]]:
+    """The units that a worker here can hold by estimate, and those that none can."""
+    room = worker_memory(cluster) if cluster.check_memory else None
+    if room is None:
+        return list(found), []
+    fitting, refused = [], []
+    for unit in found:
+        need = cost.worker_bytes(unit.points)
+        if need <= room:
+            fitting.append(unit)
+            continue
+        reason = (
+            f"needs {need / 2**30:.1f} GiB a worker by estimate, there are {room / 2**30:.1f};"
+            " cluster.check_memory=false tries it all the same"
+        )
+        refused.append(Refused(unit, reason))
+    return fitting, refused
 
 
 def nothing_done(key: str) -> set[int]:

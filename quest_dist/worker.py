@@ -153,6 +153,8 @@ def _record(
     except Exception as error:
         return failed(point, task.metric, index, describe(error), sample)
     facts = {k: float(v) for k, v in sample.info.items() if type(v) in (int, float)}
+    if sample.max_new_tokens:
+        facts["max_new_tokens"] = float(sample.max_new_tokens)
     found = result.outcome
     details = {"curve": curve, "notes": dict(found.notes), "drawing": found.drawing}
     return failed(point, task.metric, index, "", sample) | {

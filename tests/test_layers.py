@@ -22,7 +22,7 @@ DOORS = {
     "omegaconf": ("sweep", "compose", "mistakes"),
     "sqlite3": ("ledger",),
     "flashinfer": ("on_flashinfer",),
-    "rich": ("progress", "closing", "launch", "bench/"),
+    "rich": ("progress", "closing", "estimate", "launch", "bench/"),
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
@@ -35,7 +35,9 @@ LAYERS = (
     ("attention", "models", "overview", "projection"),
     ("engine", "latency", "figures/", "mlflow_store", "tracker", "provenance"),
     ("worker", "prepare"),
+    ("parts",),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),
+    ("estimate",),
     ("launch", "compose", "mistakes"),
     ("sweep", "bench/"),
 )

@@ -82,6 +82,13 @@ def test_every_end_token_counts():
         models.end_tokens(Owner(None), model)
 
 
+def test_end_tokens_can_be_stated(local):
+    loaded = models.load(settings(local, eos=[7, 1, 7]), device="cpu")
+    assert loaded.language.eos_ids == {1, 7}
+    plain = models.identity(settings(local))
+    assert models.identity(settings(local, eos=[7, 1])) == {**plain, "eos": [1, 7]}
+
+
 def test_identity_is_content_not_place(local, tmp_path):
     here = models.identity(settings(local))
     moved = tmp_path / "moved"
@@ -113,6 +120,9 @@ def test_a_hub_model_goes_by_repository_and_revision():
         ({"max_length": 1}, "model.max_length=1 "),
         ({"max_prompt": "8k"}, "model.max_prompt='8k'"),
         ({"bos": "auto"}, "model.bos='auto' is not true, false or null"),
+        ({"eos": []}, r"model.eos=\[\] is not a list of token ids or null"),
+        ({"eos": 2}, "model.eos=2 is not a list"),
+        ({"eos": [2, "</s>"]}, "model.eos="),
         ({"source": "hub"}, "model.repo is empty"),
         ({"source": "local"}, "model.path is empty"),
         ({"source": "local", "path": "/nowhere"}, "model.path='/nowhere' is not a folder"),

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
+import yaml
 from tiny_language import tiny_language, tiny_tokenizer
 
 from quest_dist import bundled
+from quest_dist.folders import find
+from quest_dist.tasks.files import Files
+from quest_dist.tasks.longbench import LongBench
 from quest_dist.tasks.prompt import Protocol, chat_format
 
 BODY = (
@@ -98,6 +105,32 @@ def test_a_question_longer_than_half_the_limit_keeps_a_context():
     assert len(cut.context + cut.tail) == 50
 
 
+@pytest.mark.parametrize("tail", ["question", "input", "chars9", "chars90", "tokens1", "tokens30"])
+@pytest.mark.parametrize("frame", [{"bos": 0}, FRAME])
+def test_head_keeps_the_beginning_the_whole_question_and_the_tail(tail, frame):
+    language = tiny_language(max_length=101, max_prompt=70, **frame)
+    body = "Begin here. " + "Nobody said a word for a long time. " * 50 + "Question: what?\nAnswer:"
+    question = body.rindex("Question:")
+    cut = language.cut(body, Protocol(tail, truncation="head"), question=question, reserve=20)
+    free = tiny_language(**frame).cut(body, Protocol(tail), question=question)
+    ids, whole = cut.context + cut.tail, free.context + free.tail
+    framed = len(language.encode(language.head)) + len(language.encode(language.foot))
+    assert cut.truncated
+    assert len(ids) == framed + min(70, 101 - 20 - framed)
+    assert cut.tail == free.tail
+    asked = free.context + free.tail
+    kept = max(len(cut.tail), len(language.encode(body[question:] + language.foot)))
+    assert ids[-kept:] == asked[-kept:]
+    assert ids[:-kept] == whole[: len(ids) - kept]
+
+
+def test_head_never_cuts_into_the_question_to_make_room():
+    language = tiny_language(max_length=60, bos=0)
+    body = "Start. " + "Question: " + "why? " * 200
+    with pytest.raises(ValueError, match=r"leaves no room .* a question of \d+ tokens"):
+        language.cut(body, Protocol(truncation="head"), question=7, reserve=10)
+
+
 def test_truncation_can_be_forbidden_and_can_be_impossible():
     body = "Nobody said a word. " * 40
     with pytest.raises(ValueError, match=r"truncation=error"):
@@ -150,6 +183,12 @@ def test_chat_format_mistakes():
         ({"tail": "chars0"}, "protocol.tail"),
         ({"truncation": "midle"}, "did you mean 'middle'"),
         ({"chat": "yes"}, "protocol.chat='yes' is not true or false"),
+        ({"extra_new_tokens": -1}, "protocol.extra_new_tokens=-1 is not a whole number from 0 up"),
+        ({"extra_new_tokens": True}, "protocol.extra_new_tokens=True"),
+        (
+            {"trunkation": "head"},
+            r"protocol.trunkation: no such setting; did you mean 'truncation'",
+        ),
     ],
 )
 def test_protocol_mistakes(settings, match):
@@ -158,7 +197,8 @@ def test_protocol_mistakes(settings, match):
 
 
 def test_protocol_ignores_what_is_not_about_prompts():
-    assert Protocol.parse({"label": "x", "tail": "chars100"}) == Protocol("chars100")
+    settings = {"label": "x", "about": "y", "dense_layers": 0, "tail": "chars100"}
+    assert Protocol.parse(settings) == Protocol("chars100")
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +225,42 @@ def test_golden_tokens_of_the_bundled_model(smollm):
     cut = smollm.cut("The pass key is 71432.\nWhat is it?", Protocol(), question=23)
     assert cut.context[:3] == (1, 9690, 198)
     assert cut.tail == (1780, 314, 357, 47, 2, 198, 1, 520, 9531, 198)
+
+
+FIRST = (1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365)
+FIRST += (3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2)
+# "Question: Which corpora are used?", "Answer:", the end of the turn, the assistant's beginning.
+ASKED = (17872, 42, 10366, 5808, 81, 359, 804, 47, 198, 198, 21350, 42, 2, 198, 1, 520, 9531, 198)
+WHOLE, CUT = (198, 198, *ASKED), (39, 34, *ASKED)  # before it the instructions' end, or a table's
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "context", "tail", "new", "last"),
+    [
+        ("quest_paper", 8192, 2962, 18, 128, WHOLE),
+        ("quest_paper", 1200, 1054, 18, 128, WHOLE),
+        ("quest_released", 8192, 2962, 18, 128, WHOLE),
+        ("quest_released", 1200, 1054, 18, 128, WHOLE),
+        ("longbench_official", 8192, 2979, 1, 128, WHOLE),
+        ("longbench_official", 1200, 1071, 1, 128, WHOLE),
+        ("kvpress", 8192, 2962, 18, 148, WHOLE),
+        ("kvpress", 1200, 1034, 18, 148, CUT),
+    ],
+)
+def test_golden_tokens_of_a_qasper_prompt(smollm, tmp_path, name, limit, context, tail, new, last):
+    text = " ".join(f"Table {n} lists the words of corpus {n}." for n in range(200))
+    record = {"context": text, "input": "Which corpora are used?", "answers": ["all"]}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    protocol = yaml.safe_load((find("conf") / "protocol" / f"{name}.yaml").read_text())
+    task = LongBench(data=Files(str(tmp_path)), dataset="qasper", metric="f1", protocol=protocol)
+    sample = task.sample(0, replace(smollm, max_length=limit))
+    ids = sample.context + sample.tail
+    assert (ids[:20], ids[-20:]) == (FIRST, last)
+    found = (len(sample.context), len(sample.tail), sample.max_new_tokens, sample.truncated)
+    assert found == (context, tail, new, limit == 1200)
+
+
+def test_every_protocol_has_a_golden_prompt():
+    marked = test_golden_tokens_of_a_qasper_prompt.pytestmark[0].args[1]
+    names = {path.stem for path in (find("conf") / "protocol").glob("*.yaml")}
+    assert {case[0] for case in marked} == names

@@ -22,7 +22,7 @@ from quest_dist.plan import Point
 from quest_dist.prepare import prepare
 
 SWEEPS = compose.sweep_files()
-POINTS = {"longbench_budgets": 156, "passkey": 36, "pg19": 21, "smoke": 10, "matched": 78}
+POINTS = {"longbench_budgets": 156, "passkey": 72, "pg19": 21, "smoke": 10, "matched": 78}
 
 
 def grid_points(name: str, *overrides: str) -> tuple[Point, ...]:
@@ -92,6 +92,23 @@ def test_the_paper_profile_means_other_models_data_and_budgets() -> None:
     assert files["data"]["label"] == "files"
 
 
+def test_the_protocol_says_how_many_layers_stay_dense_unless_the_grid_does() -> None:
+    def dense(*overrides: str) -> set[int]:
+        return {point.dense_layers for point in grid_points("smoke", *overrides)}
+
+    assert dense() == {2}
+    assert dense("protocol=kvpress") == {0}
+    assert dense("protocol=kvpress", "grid.dense_layers=[1,2]") == {1, 2}
+
+
+def test_a_point_is_named_by_its_own_dense_layers_not_by_where_they_came_from() -> None:
+    stated = grid_points("smoke", "protocol.dense_layers=3")
+    given = grid_points("smoke", "grid.dense_layers=[3]")
+    assert [p.key for p in stated] == [p.key for p in given]
+    other = grid_points("smoke", "grid.dense_layers=[3]", "protocol.truncation=head")
+    assert not {p.key for p in other} & {p.key for p in given}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -138,6 +155,15 @@ def test_the_paper_profile_means_other_models_data_and_budgets() -> None:
             r"task pg19: a sample takes 9065 tokens, more than model.smollm2.max_length=8192",
         ),
         (["+sweep=smoke", "data.tokens=9000"], r"task qasper: a sample takes 90\d\d tokens, more"),
+        (
+            ["+sweep=smoke", "protocol.truncation=heads"],
+            r"protocol.truncation='heads'.*did you mean 'head'",
+        ),
+        (["+sweep=smoke", "protocol.dense_layers=-1"], r"grid.dense_layers: .* got -1"),
+        (
+            ["+sweep=smoke", "~protocol.dense_layers"],
+            r"grid.dense_layers.*'protocol.dense_layers' not found$",
+        ),
         (["+sweep=smoke", "limit=0"], r"limit=0: must be at least 1"),
         (["+sweep=smoke", "name=a/b"], r"name='a/b'"),
         (["+sweep=smoke", "figures=[fig7]"], r"no figure 'fig7'; did you mean 'fig07'"),
@@ -219,7 +245,7 @@ def test_a_plan_says_what_would_run_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     status, out, _ = command(capsys, "+sweep=passkey", "plan=true")
     assert status == 0
-    assert "36 points, 360 records" in out
+    assert "72 points, 720 records" in out
     assert "GiB a worker" in out
     assert "nothing was run" in out
     assert list(tmp_path.iterdir()) == []
@@ -264,3 +290,15 @@ def test_a_closing_table_counts_samples_and_cuts(tmp_path: Path) -> None:
         out = Console(file=(text := io.StringIO()), width=120)
         closing.results(shown, out)
         assert said in text.getvalue()
+
+
+def test_table_1_takes_each_length_with_its_own_model_and_budgets() -> None:
+    points = grid_points("passkey", "profile=paper", "data=generated")
+    found: dict[tuple[str, str], set[int]] = {}
+    for point in points:
+        budgets = found.setdefault((point.task.name, point.model.name), set())
+        budgets |= {point.budget} - {None}
+    assert found == {
+        ("passkey", "longchat_7b"): {32, 64, 128, 256, 512},
+        ("passkey_long", "yarn_llama2_7b_128k"): {256, 512, 1024, 2048, 4096},
+    }

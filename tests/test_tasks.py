@@ -77,6 +77,37 @@ def test_where_the_tail_begins(tmp_path, name, tail):
     assert language.decode(task.sample(0, language).tail) == tail
 
 
+@pytest.mark.parametrize(
+    ("name", "tail"),
+    [
+        ("narrativeqa", "Question: Where is Ada?\n\nAnswer:"),
+        ("qasper", "Question: Where is Ada?\n\nAnswer:"),
+        ("multifieldqa_en", "Question: Where is Ada?\nAnswer:"),
+        ("hotpotqa", "Question: Where is Ada?\nAnswer:"),
+        ("gov_report", "Now, write a one-page summary of the report.\n\nSummary:"),
+        ("triviaqa", "Where is Ada?"),
+    ],
+)
+def test_the_tail_of_kvpress_is_the_records_own_input(tmp_path, name, tail):
+    language = tiny_language(**BIG)
+    task = LongBench(
+        data=write(tmp_path, name), dataset=name, metric="f1", protocol={"tail": "input"}
+    )
+    assert language.decode(task.sample(0, language).tail) == tail
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_protocol_may_add_to_the_official_length_of_answers(tmp_path, name):
+    made = {"data": write(tmp_path, name), "dataset": name, "metric": "f1"}
+    longer = {**made, "protocol": {"extra_new_tokens": 20}}
+    official = {"narrativeqa": 128, "qasper": 128, "multifieldqa_en": 64, "hotpotqa": 32}
+    official |= {"gov_report": 512, "triviaqa": 32}
+    language = tiny_language(**BIG)
+    assert LongBench(**made).sample(0, language).max_new_tokens == official[name]
+    assert LongBench(**longer).sample(0, language).max_new_tokens == official[name] + 20
+    assert LongBench(**longer, max_new_tokens=7).sample(0, language).max_new_tokens == 7
+
+
 def test_few_shot_prompts_are_never_framed_and_ask_at_the_last_question(tmp_path):
     ask = "Passage:\nAda lives in Rome.\nQuestion:\nWhere is Ada?\nAnswer:"
     data = write(tmp_path, "triviaqa", input=ask)

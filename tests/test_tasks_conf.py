@@ -44,7 +44,18 @@ def test_tasks(path, tmp_path):
 
 
 def test_there_is_a_file_for_every_task_of_the_paper():
-    assert {path.stem for path in files("task")} == {*FORMS, "passkey", "pg19"}
+    assert {path.stem for path in files("task")} == {*FORMS, "passkey", "passkey_long", "pg19"}
+
+
+def parameters(shape):
+    """The parameters of a Llama (or Qwen2, with `qkv_bias`) of this shape."""
+    hidden, queries = shape["hidden"], shape["heads"] * shape["head_dim"]
+    keys = shape["kv_heads"] * shape["head_dim"]
+    attention = 2 * hidden * queries + 2 * hidden * keys
+    attention += queries + 2 * keys if shape["qkv_bias"] else 0
+    layer = attention + 3 * hidden * shape["intermediate"] + 2 * hidden
+    embedded = shape["vocab"] * hidden * (1 if shape["tied"] else 2)
+    return embedded + shape["layers"] * layer + hidden
 
 
 @pytest.mark.parametrize("path", files("model"), ids=ids)
@@ -57,8 +68,10 @@ def test_models(path):
         assert "not installed" in str(error)  # noqa: PT017 - only the bundled package may be absent
     shape = settings["shape"]
     assert set(shape) == {
-        *("layers", "heads", "kv_heads", "head_dim", "hidden", "vocab", "parameters", "max_length")
+        *("layers", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "vocab"),
+        *("rope_theta", "tied", "qkv_bias", "parameters", "max_length"),
     }
+    assert shape["parameters"] == parameters(shape)
     assert shape["heads"] % shape["kv_heads"] == 0
     assert shape["heads"] * shape["head_dim"] == shape["hidden"]
     assert settings["max_length"] == shape["max_length"]
@@ -82,3 +95,4 @@ def test_protocols(path):
     settings = read(path)
     assert settings["label"] == path.stem
     Protocol.parse(settings)
+    assert settings["dense_layers"] == (0 if path.stem == "kvpress" else 2)

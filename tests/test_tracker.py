@@ -8,13 +8,14 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import synthetic_sweep as synthetic
 
-from quest_dist import projection, table
+from quest_dist import compose, models, plan, prepare, projection, table
 from quest_dist.ledger import Ledger
 from quest_dist.plan import Point
 from quest_dist.tracker import Sweep, Tracker
@@ -103,6 +104,7 @@ def test_curves_at_the_top_points_below_and_one_sweep(folder: Path, ledger: Ledg
     assert point.data.metrics["budget"] == 256
     assert point.data.metrics["detail/entropy"] == 1.5
     assert point.data.params["method.radius_scale"] == "1"
+    assert point.data.params["protocol.greedy"] == "True"
     assert point.data.tags["quest.point"] == row.point
     assert point.data.tags["quest.data"] == "generated"
     assert [run.data.tags.get("quest.device") for run in runs].count("cpu") == 1
@@ -110,6 +112,33 @@ def test_curves_at_the_top_points_below_and_one_sweep(folder: Path, ledger: Ledg
     assert point.info.end_time == round(row.finished_at * 1000)
     (read,) = point.inputs.dataset_inputs
     assert len(read.dataset.digest) <= 36
+
+
+def test_params_say_how_prompts_are_made_and_answers_end(folder: Path, ledger: Ledger) -> None:
+    config = compose.composed(["+sweep=smoke", "protocol=kvpress", "profile=paper"])
+    chosen = prepare.specs_of(config["model"], "model")["llama31_8b"]
+    made = replace(
+        synthetic.point("qasper", "quest", 256),
+        model=plan.with_content(chosen, models.identity(chosen.settings)),
+        protocol=prepare.protocol_of(config["protocol"]),
+        dense_layers=config["grid"]["dense_layers"][0],
+    )
+    synthetic.fill(ledger, [made], range(1))
+    (row,) = rows_of(ledger, [made], 1)
+    identity = ledger.identity(row.point) or {}
+    params = projection.point_run(row, identity, ledger.records(row.point)).params
+    assert {k: v for k, v in params.items() if "protocol" in k} == {
+        "protocol": "kvpress",
+        "protocol.tail": "input",
+        "protocol.truncation": "head",
+        "protocol.chat": "True",
+        "protocol.extra_new_tokens": "20",
+    }
+    assert params["dense_layers"] == "0"
+    assert params["model.bos"] == "True"
+    assert params["model.eos"] == "[128001, 128008, 128009]"
+    assert params["model.chat"] == "template"
+    assert params["model.max_length"] == "131072"
 
 
 def test_a_curve_is_score_against_budget_and_full_is_level(folder: Path, ledger: Ledger) -> None:

@@ -69,6 +69,7 @@ def test_each_point_gets_a_record_of_each_sample(model: Spec) -> None:
     assert quest["attended"] <= 64
     assert quest["read"] >= quest["attended"]
     assert full["metrics"]["depth"] == 0.05
+    assert full["metrics"]["max_new_tokens"] == 10  # the task's own
     assert full["metric"] == "accuracy"
     assert torch.get_num_threads() == 1
 

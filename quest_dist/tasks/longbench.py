@@ -27,10 +27,21 @@ def fill(form: Form, record: Record) -> tuple[str, int]:
     return body, len(body) - len(after) + max(found, 0)
 
 
+def asked(form: Form, record: Record, body: str) -> int | None:
+    """Return where in the prompt `body` the line begins that the record's input fills, if one."""
+    after = form.template.split("{context}")[1]
+    before, found, rest = after.partition("{input}")
+    if not found:
+        return None
+    line = before[before.rfind("\n") + 1 :]
+    return len(body) - len(rest) - len(record["input"]) - len(line)
+
+
 class LongBench(Task):
     """One LongBench dataset: its prompt, length limit, answer length and metric.
 
-    `max_new_tokens: null` takes the official number (or the generated family's own).
+    `max_new_tokens: null` takes the official number (or the generated family's own) and what the
+    protocol adds to it.
     """
 
     def __init__(
@@ -57,7 +68,8 @@ class LongBench(Task):
         self.seed, self.samples = seed, samples
         self.protocol = Protocol.parse(protocol)
         self.form = data.form(dataset) or FORMS[dataset]
-        self.max_new_tokens = max_new_tokens or self.form.max_new_tokens
+        official = self.form.max_new_tokens + self.protocol.extra_new_tokens
+        self.max_new_tokens = max_new_tokens or official
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the records."""
@@ -89,6 +101,7 @@ class LongBench(Task):
             body,
             self.protocol,
             question=question,
+            asked=asked(self.form, record, body),
             marker=body.rfind(self.form.marker),
             chat=chat,
             reserve=self.max_new_tokens,

@@ -7,16 +7,19 @@ adds a token at the seam: then even full attention does not answer the benchmark
 
 Where the tail starts is a rule of the protocol:
 * `question`   at the task's question, by the structure of its template;
+* `input`      at the line of the template that the record's input fills (kvpress's question);
 * `charsN`     at the last N characters, but not before the task's marker (the released code);
 * `released`   the `charsN` that the released code uses for this task;
 * `tokensN`    at the last N tokens; `tokens1` prefills everything, as LongBench itself does.
+
+What a prompt that is too long loses is another rule, `truncation`; the chat format is never cut.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from quest_dist.suggest import did_you_mean
@@ -35,7 +38,11 @@ CHAT_FORMATS: Mapping[str, tuple[str, str]] = {
 """Text before and after what the user says. `template` asks the tokenizer's own chat template."""
 
 CHAT_CHOICES = (*CHAT_FORMATS, "template")
-TAIL_CHOICES = ("question", "released", "chars100", "chars400", "tokens1")
+TAIL_CHOICES = ("question", "input", "released", "chars100", "chars400", "tokens1")
+TRUNCATION_CHOICES = ("middle", "head", "error")
+
+ELSEWHERE = ("label", "about", "dense_layers")
+"""Settings of a protocol that concern no prompt: its names, and the default of the grid's axis."""
 
 
 def unknown(what: str, value: object, choices: Collection[str]) -> ValueError:
@@ -51,22 +58,32 @@ class Protocol:
     chat: bool = True
     """False: no task is wrapped in the model's chat format."""
     truncation: str = "middle"
-    """`middle` keeps both ends of a prompt that is too long; `error` refuses it."""
+    """Of a prompt that is too long `middle` keeps both ends, `head` the beginning and all from the
+    question (or the tail, if that begins earlier) on; `error` refuses it."""
+    extra_new_tokens: int = 0
+    """Tokens that an answer may take beyond the benchmark's own number."""
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any] | None) -> Protocol:
         """Read the settings that concern prompts; ValueError names the key, value and choices."""
         settings = settings or {}
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in (*known, *ELSEWHERE):
+                raise ValueError(f"protocol.{key}: no such setting; {did_you_mean(key, known)}")
         tail = str(settings.get("tail", cls.tail))
-        if not re.fullmatch(r"question|released|(chars|tokens)[1-9]\d*", tail):
+        if not re.fullmatch(r"question|input|released|(chars|tokens)[1-9]\d*", tail):
             raise unknown("protocol.tail", tail, TAIL_CHOICES)
         truncation = str(settings.get("truncation", cls.truncation))
-        if truncation not in ("middle", "error"):
-            raise unknown("protocol.truncation", truncation, ("middle", "error"))
+        if truncation not in TRUNCATION_CHOICES:
+            raise unknown("protocol.truncation", truncation, TRUNCATION_CHOICES)
         chat = settings.get("chat", cls.chat)
         if not isinstance(chat, bool):
             raise ValueError(f"protocol.chat={chat!r} is not true or false")
-        return cls(tail, chat, truncation)
+        extra = settings.get("extra_new_tokens", cls.extra_new_tokens)
+        if not isinstance(extra, int) or isinstance(extra, bool) or extra < 0:
+            raise ValueError(f"protocol.extra_new_tokens={extra!r} is not a whole number from 0 up")
+        return cls(tail, chat, truncation, extra)
 
 
 @dataclass(frozen=True)
@@ -130,6 +147,7 @@ class Language:
         protocol: Protocol,
         *,
         question: int,
+        asked: int | None = None,
         marker: int = -1,
         released: str = "chars100",
         chat: bool = True,
@@ -137,8 +155,9 @@ class Language:
     ) -> Cut:
         """Tokenise the prompt around `body` once and split it by the protocol's rule.
 
-        `question` and `marker` are character positions in `body`: where the question begins, and
-        where the released code's marker stands (-1: none). `released` is the task's released rule;
+        `question`, `asked` and `marker` are character positions in `body`: where the question
+        begins, where the line of the record's input does (None: with the question), and where the
+        released code's marker stands (-1: none). `released` is the task's released rule;
         `reserve` counts the tokens that will be generated after the prompt. ValueError where the
         prompt cannot fit, or where it must be cut and the protocol refuses that.
         """
@@ -152,8 +171,8 @@ class Language:
         if rule.startswith("tokens"):
             split = len(ids) - int(rule.removeprefix("tokens"))
         else:
-            at = len(head) + question
-            if rule != "question":
+            at = len(head) + (question if rule == "question" or asked is None else asked)
+            if rule.startswith("chars"):
                 floor = len(head) + marker if marker >= 0 else -1
                 at = max(len(text) - int(rule.removeprefix("chars")), floor)
             # A token across the position belongs to the tail: it cannot be prefilled by half.
@@ -161,7 +180,11 @@ class Language:
 
         inner = sum(end <= len(head) for end in ends) if head else 0
         outer = sum(end > len(text) - len(foot) for end in ends) if foot else 0
-        first, last = self._kept(len(ids), len(opening), inner, outer, reserve)
+        last = None
+        if protocol.truncation == "head":
+            start = len(opening) + sum(end <= len(head) + question for end in ends)
+            last = min(start, split)
+        first, last = self._lost(len(ids), len(opening), inner, outer, reserve, last)
         truncated = first < last
         if truncated and protocol.truncation == "error":
             raise ValueError(
@@ -174,25 +197,27 @@ class Language:
         split = min(max(split, 1), len(ids) - 1)
         return Cut(ids[:split], ids[split:], truncated)
 
-    def _kept(
-        self, total: int, opening: int, inner: int, outer: int, reserve: int
+    def _lost(
+        self, total: int, opening: int, inner: int, outer: int, reserve: int, last: int | None
     ) -> tuple[int, int]:
         """Return (first, last): ids[first:last] is what a prompt that is too long loses.
 
         The limit holds for the unwrapped prompt, BOS included, as in LongBench; the chat format is
-        never cut. Both halves have half the limit, rounded down.
+        never cut. With `last` given, all from there on is kept, and before it what room is left;
+        without, both halves have half the limit, rounded down.
         """
         room = self.max_length - reserve - inner - outer
         limit = min(room, self.max_prompt or room)
         if total - inner - outer <= limit:
             return total, total
-        half = limit // 2
-        if half <= opening:
+        begin = limit // 2 if last is None else limit - (total - outer - last)
+        if begin <= opening:
+            kept = "" if last is None else f", a question of {total - outer - last} tokens"
             raise ValueError(
                 f"model.max_length={self.max_length} leaves no room for a prompt beside "
-                f"{reserve} tokens to generate and a chat format of {inner + outer} tokens"
+                f"{reserve} tokens to generate and a chat format of {inner + outer} tokens{kept}"
             )
-        return inner + half, total - outer - half
+        return inner + begin, total - outer - begin if last is None else last
 
 
 def chat_format(choice: str | Mapping[str, str], tokenizer: Any) -> tuple[str, str]:
