@@ -37,8 +37,8 @@ def run(out: Path, *overrides: str) -> tuple[int, str]:
     return launch.run(config, run_unit="curve_unit:run", out=console), text.getvalue()
 
 
-def found(out: Path) -> list[dict[str, str]]:
-    with (out / "tiny" / "lossless.csv").open() as file:
+def found(out: Path, name: str = "tiny") -> list[dict[str, str]]:
+    with (out / name / "lossless.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -123,6 +123,26 @@ def test_a_plan_says_best_and_worst_and_what_cannot_be_claimed(tmp_path: Path) -
     assert "with 20 samples nothing can be called lossless: it takes 27 pairs at least" in said
     assert "the next rung alone: about" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_beside_a_grid_in_one_launch_it_finds_what_it_finds_alone(
+    tmp_path: Path, log: Path
+) -> None:
+    out = tmp_path / "out"
+    whole = tiny_sweep.config(out, ["name=both", "grid.model=[]"])
+    grid = tiny_sweep.config(out, [*GRID, "name=grid", "search.delta=null", "limit=3"])
+    search = tiny_sweep.config(out, [*GRID, "name=searched"])
+    text = io.StringIO()
+    console = Console(file=text, width=140)
+    status = launch.run(whole, run_unit="curve_unit:run", out=console, parts=[grid, search])
+    assert status == launch.FINISHED
+    said = text.getvalue()
+    assert f"of the grid's {ALL}, " in said[said.index("searched: ") :]
+    together = found(out, "both")
+    log.unlink()
+    run(tmp_path / "alone")
+    assert together == found(tmp_path / "alone")
+    assert evaluations(log) <= 0.8 * ALL
 
 
 def test_without_a_search_nothing_is_said_of_one(tmp_path: Path) -> None:

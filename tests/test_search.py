@@ -63,7 +63,7 @@ def test_a_lossy_budget_is_called_lossless_as_rarely_as_stated(losses: dict[int,
     search = Search(delta=15.0, confidence=0.9, first_samples=5)
     wrong = 0
     for seed in range(200):
-        budget = smallest(searched(drawn(losses, 80, seed), 80, search)[0])
+        budget = smallest(searched(drawn(losses, 50, seed), 50, search)[0])
         wrong += budget is not None and losses[budget] >= 0.15
     assert wrong <= 10 + 9  # 200 seeds at 5 %, and three standard deviations
 

@@ -159,7 +159,7 @@ def _bar(axes: Axes, at: float, width: float, method: str, line: dict[str, Any])
         text = "" if method == "full" else style.tokens(line["value"])
         top = line["value"]
     else:
-        where = {"bottom": max(low, 1), "zorder": 2, "lw": 0.8, "hatch": "////"}
+        where: dict[str, Any] = {"bottom": max(low, 1), "zorder": 2, "lw": 0.8, "hatch": "////"}
         axes.bar([at], [high - max(low, 1)], size, fill=False, ec=color, alpha=0.75, **where)
         text, top = "?", high
     axes.annotate(
