@@ -48,9 +48,8 @@ def lossless(findings: Sequence[Lossless], totals: Sequence[str], out: Console) 
             finding.label,
             "" if finding.budget is None else str(finding.budget),
             "" if finding.lossy is None else str(finding.lossy),
-            "not searched to the end" if finding.open else finding.undecided,
-            f"{finding.difference:+.1f} [dim]{finding.low:+.0f} to {finding.high:+.0f}[/dim]"
-            f" at {finding.at}",
+            "(cut short)" if finding.open else finding.undecided,
+            _difference(finding),
             str(finding.pairs),
             f"{finding.evaluations}/{finding.grid}",
         )
@@ -63,6 +62,13 @@ def heading(name: str, about: str, out: Console) -> None:
     """Print where one part of a launch begins."""
     out.print()
     out.rule(f"[bold]{escape(name)}[/]: {escape(about)}", align="left")
+
+
+def _difference(finding: Lossless) -> str:
+    if not finding.pairs:
+        return ""
+    interval = f"[dim]{finding.low:+.0f} to {finding.high:+.0f}[/dim]"
+    return f"{finding.difference:+.1f} {interval} at {finding.at}"
 
 
 def failures(rows: Iterable[Row], out: Console) -> None:
