@@ -4,16 +4,18 @@ Estimates, for ordering, slicing and for telling a user what to expect; no resul
 A prefill is bound by arithmetic (2 FLOPs a parameter and token, and causal attention), a decode
 step by reading the weights once for all rows and each row's tokens, plus a fixed cost a row and
 layer. The constants below are for a common machine and may be off by a factor of two or three;
-as soon as the ledger has measured a model on a task, its own pace replaces them.
+as soon as the ledger has measured a model on a task, its own pace replaces them. A task whose
+samples are something else says what they cost (`Task.cost`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from quest_dist.plan import Point, Unit
+from quest_dist.tasks.task import Cost, Speed
 
 CPU_FLOPS = 3.2e11  # a core with bf16 matrix units, in long prefills
 CPU_BYTES = 1.2e10  # a core, reading weights and pages
@@ -23,6 +25,7 @@ GPU_BYTES = 1.5e12
 GPU_ROW_LAYER = 1e-5
 PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers loaded
 ACTIVATION_BYTES = 128  # a token and hidden unit of a prefill, at its peak
+MOST_ROWS = 256  # of one batch (quest_dist.sparsity cuts its rows to as many)
 DEFAULT_CONTEXT = 4096
 TAIL_TOKENS = 40
 NEW_TOKENS = 32
@@ -58,6 +61,14 @@ def extent(point: Point) -> Extent:
     return Extent(min(int(length), limit), TAIL_TOKENS + int(new))
 
 
+def batch_rows(points: Sequence[Point]) -> int:
+    """Return the rows that points take: one each, or one a layer where a task measures layers."""
+    task = points[0].task.settings
+    if "layers" not in task:
+        return len(points)
+    return len(points) * len(task["layers"] or range(int(shape(points[0])["layers"])))
+
+
 def shape(point: Point) -> dict[str, Any]:
     """Return the planning facts of a point's model."""
     return {**DEFAULT_SHAPE, **(point.model.settings.get("shape") or {})}
@@ -75,6 +86,9 @@ def sample_seconds(
     if measured is not None:
         prefill, row = measured
         return prefill + row * len(points)
+    said = _said(points, threads, gpu)
+    if said is not None:
+        return said.seconds
     facts, size = shape(first), extent(first)
     flops = GPU_FLOPS if gpu else CPU_FLOPS * threads
     rate = GPU_BYTES if gpu else CPU_BYTES * threads
@@ -82,10 +96,24 @@ def sample_seconds(
     layers, parameters = int(facts["layers"]), int(facts["parameters"])
     mixed = 2 * layers * int(facts["heads"]) * int(facts["head_dim"])
     prefill = (2 * parameters * size.context + mixed * size.context**2) / flops
+    rows = batch_rows(points)
     read = sum(min(p.budget or size.context, size.context) for p in points)
+    if rows > len(points):  # one layer is sparse, the others read everything
+        read = rows * size.context
     step = (2 * parameters + read * token_bytes(first)) / rate
-    step += 2 * parameters * len(points) / flops + row_layer * layers * len(points)
+    step += 2 * parameters * rows / flops + row_layer * layers * rows
     return prefill + step * size.steps
+
+
+def _said(points: tuple[Point, ...], threads: int, gpu: bool) -> Cost | None:
+    """What the points' task says itself of a sample's cost."""
+    task = points[0].task
+    if "_target_" not in task.settings:
+        return None
+    says = getattr(task.target(), "cost", None)
+    speed = Speed(GPU_FLOPS, GPU_BYTES) if gpu else Speed(CPU_FLOPS * threads, CPU_BYTES * threads)
+    found: Cost | None = says(points, shape(points[0]), speed) if says else None
+    return found
 
 
 def unit_seconds(
@@ -108,8 +136,12 @@ def token_bytes(point: Point) -> int:
 def worker_bytes(points: tuple[Point, ...]) -> int:
     """Return the memory of a worker that runs these points (of one family) as one batch."""
     first, facts = points[0], shape(points[0])
+    said = _said(points, 1, False)
+    if said is not None:
+        return PROCESS_BYTES + int(said.bytes)
     size = extent(first)
     weight = 4 if first.model.settings.get("dtype") == "float32" else 2
-    cache = token_bytes(first) * (size.context + len(points) * (size.steps + first.page_size))
+    rows = min(batch_rows(points), MOST_ROWS)
+    cache = token_bytes(first) * (size.context + rows * (size.steps + first.page_size))
     activations = ACTIVATION_BYTES * size.context * int(facts["hidden"])
     return PROCESS_BYTES + weight * int(facts["parameters"]) + cache + activations

@@ -1,7 +1,10 @@
 """Details: what a point measured beside its score, summed over its samples into one JSON text.
 
     curve    [[x, value, low, high, n], ...]  a point's own curve, by x
+    versus_full  the same                     its differences from full on the same samples
     facts    {name: mean}                     numbers beside the score, such as the parts of a time
+    spans    {name: [low, high]}              of a time's facts, which are then medians: their 95 %
+                                              intervals over samples
     notes    {name: [texts]}                  distinct texts, such as the devices that were timed
     drawing  anything                         of the first sample that has one
     search   {name: value}                    what a search decided of the point (see lossless)
@@ -31,11 +34,19 @@ class Dot(NamedTuple):
     n: int
 
 
-def summed(records: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """The details of a point's finished records; `metric` says how samples are summed up."""
+def summed(
+    records: Sequence[Mapping[str, Any]],
+    metric: str,
+    full: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The details of a point's finished records; `metric` says how samples are summed up, `full`
+    are the finished records of full attention that it is compared with, if there are any."""
+    facts, spans = _facts(records, metric)
     parts: dict[str, Any] = {
+        "versus_full": [_plain(dot) for dot in _versus(records, full, metric)],
         "curve": [_plain(dot) for dot in _curve(records, metric)],
-        "facts": _facts(records),
+        "facts": facts,
+        "spans": spans,
         "notes": _notes(records),
         "drawing": next(filter(None, (_part(r, "drawing") for r in records)), None),
     }
@@ -52,11 +63,11 @@ def joined(text: str, name: str, part: Any) -> str:
     return canonical({**read(text), name: part})
 
 
-def dots(text: str) -> tuple[Dot, ...]:
-    """The curve of a row's details, by x."""
+def dots(text: str, part: str = "curve") -> tuple[Dot, ...]:
+    """The curve of a row's details, or its differences from full (`versus_full`), by x."""
     known = [
         [math.nan if number is None else number for number in dot]
-        for dot in read(text).get("curve", ())
+        for dot in read(text).get(part, ())
     ]
     return tuple(Dot._make(dot) for dot in known)
 
@@ -64,6 +75,12 @@ def dots(text: str) -> tuple[Dot, ...]:
 def fact(text: str, name: str) -> float:
     """One fact of a row's details; NaN where it has none."""
     return float(read(text).get("facts", {}).get(name, math.nan))
+
+
+def span(text: str, name: str) -> tuple[float, float]:
+    """The interval of one fact of a time; NaN where it has none."""
+    low, high = read(text).get("spans", {}).get(name, (math.nan, math.nan))
+    return float(low), float(high)
 
 
 def notes(text: str, name: str) -> tuple[str, ...]:
@@ -87,17 +104,42 @@ def _curve(records: Sequence[Mapping[str, Any]], metric: str) -> list[Dot]:
     return found
 
 
+def _versus(
+    records: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]], metric: str
+) -> list[Dot]:
+    """By x, the point's curve minus full's over the samples that have both."""
+    base = {(r["sample"], float(x)): float(y) for r in full for x, y in _part(r, "curve") or ()}
+    pairs: dict[float, list[tuple[float, float]]] = {}
+    for record in records if base else ():
+        for x, y in _part(record, "curve") or ():
+            if (record["sample"], float(x)) in base:
+                pairs.setdefault(float(x), []).append((float(y), base[record["sample"], float(x)]))
+    found = []
+    for x in sorted(pairs):
+        ours, fulls = zip(*pairs[x], strict=True)
+        value, low, high, n = vars(stats.paired(ours, fulls, metric)).values()
+        found.append(Dot(x, value, low, high, n))
+    return found
+
+
 def _plain(dot: Dot) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in dot]
 
 
-def _facts(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _facts(
+    records: Sequence[Mapping[str, Any]], metric: str
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Facts, and of a time their intervals."""
     found: dict[str, list[float]] = {}
     for record in records:
         for name, value in (record.get("metrics") or {}).items():
             found.setdefault(name, []).append(float(value))
+    if metric in stats.TIMES:
+        each = {name: stats.median(values) for name, values in sorted(found.items())}
+        sure = {name: [e.low, e.high] for name, e in each.items() if math.isfinite(e.low)}
+        return {n: e.value for n, e in each.items() if math.isfinite(e.value)}, sure
     means = {name: math.fsum(values) / len(values) for name, values in sorted(found.items())}
-    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}, {}
 
 
 def _notes(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -164,25 +164,21 @@ class Decoder:
         self.attended[layer] = result.attended
         return result.out[:, None]
 
+    def release(self) -> None:
+        """Let go of the rows' pages; no step may follow."""
+        self._left = 0
+        self._rows.keep([])
+
     def count(self) -> None:
         """Nothing: `attended` stays on the device."""
 
 
 def page_rule(group: Group) -> PageRule:
-    """The page rule of a group's method; ValueError for a method that is none, and for a backend
-    that plans on the host."""
-    rule, name = group.method.page_rule(), type(group.method).__name__.lower()
-    if group.method.backend != "compiled":
-        raise ValueError(
-            f"method {name}: backend={group.method.backend} plans each call on the host, so it"
-            " cannot decode on the device alone; choose compiled"
-        )
-    if rule is None:
-        raise ValueError(
-            f"method {name} as it is set is no page rule, so it cannot decode on the device alone;"
-            " full can, and quest and tightbound with variant=normative metadata=exact"
-        )
-    return rule
+    """The page rule of a group's method; ValueError as `Method.rule_alone`, naming the method."""
+    try:
+        return group.method.rule_alone()
+    except ValueError as error:
+        raise ValueError(f"method {type(group.method).__name__.lower()}: {error}") from error
 
 
 def _check_rotation(patched: Patch) -> None:

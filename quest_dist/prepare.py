@@ -191,7 +191,8 @@ def _tasks(
         try:
             task = specs[name].build(data=records, seed=0, protocol=dict(protocol.settings))
             count = task.count()
-            data[name] = plan.with_content(source, task.identity())
+            read = replace(source, name=task.made_of) if task.made_of else source
+            data[name] = plan.with_content(read, task.identity())
         except ValueError as error:
             raise ValueError(f"task {name}: {error}") from error
         if count < 1:
@@ -207,9 +208,11 @@ def _timed_by_shape(points: Sequence[Point], tasks: Mapping[str, Task]) -> list[
         if not tasks[point.task.name].needs_weights:
             try:
                 content = models.shape_identity(point.model.settings)
+                tasks[point.task.name].check_model(point.model.settings["shape"])
             except ValueError as error:
-                text = str(error).replace("model.", f"model.{point.model.name}.", 1)
-                raise ValueError(f"task {point.task.name}: {text}") from error
+                text = str(error).removeprefix("model.")
+                name = f"model.{point.model.name}.{text}"
+                raise ValueError(f"task {point.task.name}: {name}") from error
             point = replace(point, model=plan.with_content(point.model, content))
         found.setdefault(point.key, point)
     return list(found.values())

@@ -13,7 +13,10 @@ Which interval (each sample is one draw; scores are 0..100, perplexity samples a
     a paired difference where fewer      Agresti & Min (2005): as if one more pair were equal, and
     than 5 samples differ                half a pair lost and half a pair won everything; a
                                          bootstrap would report certainty it cannot have
-Perplexity is exp of the mean NLL, and its interval goes through exp.
+    times, and differences of times      order statistics of the median: no assumption on how times
+                                         are distributed; fewer than 6 have none
+Perplexity is exp of the mean NLL, and its interval goes through exp. A time is the median of its
+samples, each a repeat.
 """
 
 from __future__ import annotations
@@ -37,12 +40,12 @@ SEED = 0
 FEWEST_FOR_BOOTSTRAP = 8
 FEWEST_DIFFERENT = 5
 # Metrics whose samples lie in 0..100.
-POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall"})
+POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall", "attention", "string_match_all"})
 TIMES = frozenset({"attention_us", "step_ms"})
 FEWEST_FOR_CLAIM = 5  # pairs below which nothing is called lossless, whatever their spread
 LOWER_IS_BETTER = frozenset({"perplexity", "nll_increase", *TIMES})
 #: Metrics in which a method can be called lossless: faster or slower is another question.
-ACCURACIES = frozenset({*POINTS, "perplexity"}) - {"recall"}
+ACCURACIES = frozenset({*POINTS, "perplexity"}) - {"recall", "attention"}
 
 _Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
@@ -61,11 +64,14 @@ NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 
 
 def summary(samples: Sequence[float], metric: str) -> Estimate:
-    """Aggregate of one point: the mean of its samples, or exp of it for perplexity."""
+    """Aggregate of one point: the mean of its samples, exp of it for perplexity, for times their
+    median."""
     values = np.asarray(samples, dtype=np.float64)
     n = len(values)
     if n == 0:
         return NOTHING
+    if metric in TIMES:
+        return median(samples)
     mean = float(values.mean())
     if metric not in POINTS:
         low, high = _interval(values)
@@ -96,6 +102,8 @@ def paired(samples: Sequence[float], full: Sequence[float], metric: str) -> Esti
         base = math.exp(float(np.mean(full)))
         value, low, high = (base * math.expm1(x) for x in (mean, low, high))
         return Estimate(value, low, high, n)
+    if metric in TIMES:
+        return median([float(value) for value in differences])
     if metric not in POINTS:
         return Estimate(mean, *_interval(differences), n)
     if n > 1 and np.count_nonzero(differences) < FEWEST_DIFFERENT:
@@ -103,6 +111,24 @@ def paired(samples: Sequence[float], full: Sequence[float], metric: str) -> Esti
     else:
         low, high = _interval(differences)
     return _holding(mean, max(low, -100.0), min(high, 100.0), n)
+
+
+def median(values: Sequence[float]) -> Estimate:
+    """The median with the narrowest interval of two order statistics, equally far from the ends,
+    that holds it with at least 95 %; NaN bounds where even the smallest and largest do not."""
+    ordered, n = sorted(values), len(values)
+    if not n:
+        return NOTHING
+    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    outside, cut = 0.0, 0  # the chance that the median lies outside, at `cut` values from the ends
+    for k in range(n // 2):
+        outside += 2 * math.comb(n, k) * 0.5**n
+        if outside > 1 - LEVEL:
+            break
+        cut = k + 1
+    if not cut:
+        return Estimate(middle, math.nan, math.nan, n)
+    return Estimate(middle, ordered[cut - 1], ordered[n - cut], n)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

@@ -62,9 +62,11 @@ class Work:
         beside = list({point.key: point for unit in whole for point in unit.points}.values())
         workers = fit(sweep.cluster, max((cost.worker_bytes(u.points) for u in whole), default=1))
         gpu = workers.gpus > 0
+        one = fit(replace(sweep.cluster, workers=1), 1)
 
         def seconds(unit: Unit) -> float:
-            return cost.unit_seconds(unit, workers.cpus, gpu, pace)
+            cpus = (one if unit.first.key in sweep.exclusive else workers).cpus
+            return cost.unit_seconds(unit, cpus, gpu, pace)
 
         target = sum(map(seconds, whole)) / (workers.count * UNITS_PER_WORKER)
         target = min(max(target, UNIT_SECONDS), SLICE_SECONDS)
@@ -78,7 +80,6 @@ class Work:
         alone, too_large = _fitting(
             units(timed, sweep.counts, done, lambda row: 10**9, seconds), sweep.cluster
         )
-        one = fit(replace(sweep.cluster, workers=1), 1)
         count = max(1, min(workers.count, len(found)))
         if sweep.cluster.cpus_per_worker is None and sweep.cluster.address is None:
             # Fewer units than workers: the threads of the idle ones go to the others.

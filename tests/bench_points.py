@@ -9,8 +9,8 @@ import torch
 from quest_dist.bench import attention
 from quest_dist.bench.attention_figures import Figures
 from quest_dist.bench.attention_plan import Plan
-from quest_dist.bench.places import Place
-from quest_dist.bench.shapes import Point, Shape
+from quest_dist.places import Place
+from quest_dist.shapes import Point, Shape
 
 CPU = Place(torch.device("cpu"), 32 << 20, "the test")
 H100 = Place(torch.device("cuda", 0), 50 << 20, "the test")

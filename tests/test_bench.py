@@ -13,14 +13,15 @@ import pytest
 import torch
 from bench_points import CPU, TINY, options, tiny
 
-from quest_dist import ops
-from quest_dist.bench import attention, sides, timing
+from quest_dist import attention_sides as sides
+from quest_dist import ops, timing
+from quest_dist.bench import attention
 from quest_dist.bench.__main__ import main
 from quest_dist.bench.attention_figures import Figures
 from quest_dist.bench.attention_plan import planned
-from quest_dist.bench.places import last_level_cache
-from quest_dist.bench.shapes import SHAPES, Point, parsed_size
-from quest_dist.bench.timing import Rotation, Side
+from quest_dist.places import last_level_cache
+from quest_dist.shapes import SHAPES, Point, parsed_size
+from quest_dist.timing import Rotation, Side
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -42,12 +43,12 @@ def test_a_tiny_run_has_every_figure(dtype: torch.dtype, tmp_path: Path) -> None
     assert ("8b", 3, "shared", "sdpa gqa") not in seen  # it has no shared rows
     assert ("7b", 5, "shared", "dense, 5 calls") in seen
     for row in content["rows"]:
-        assert 0 < row["p10"] <= row["us"] <= row["p90"]
+        assert 0 < row["p5"] <= row["us"] <= row["p95"]
     assert content["setting"]["flashinfer"].endswith("runs on CUDA devices only, not on the cpu")
     assert "x flashinfer" not in content["rows"][0]
     whole = next(row for row in content["rows"] if row["what"] == "pieces")
     parts = [row for row in content["rows"] if row["what"] in ("score", "select", "attend")][:3]
-    assert sum(part["p10"] for part in parts) <= whole["p90"]
+    assert sum(part["p5"] for part in parts) <= whole["p95"]
 
 
 def test_shared_rows_and_single_calls_compute_the_same() -> None:
@@ -98,12 +99,14 @@ def test_a_visit_counts_what_it_says_and_buffers_take_turns() -> None:
     rotation = Rotation(3)
     one = Side("one", {"a": turns["one"].append, "b": lambda _: None}, (8, 0), rotation)
     two = Side("two", {"c": turns["two"].append}, (4,), rotation, uncounted=0, counted=1)
-    times = timing.measure([one, two], 0.0)
-    cycles = timing.FEWEST_CYCLES + 1
-    assert len(turns["one"]) == 4 * cycles
-    assert len(turns["two"]) == cycles
-    order = [turns["one"][:4], turns["two"][:1], turns["one"][4:8]]
-    assert list(itertools.chain(*order)) == [0, 1, 2, 0, 1, 2, 0, 1, 2]
+    times = timing.measure([one, two], 0.0, warm_up=3)
+    cycles = timing.FEWEST_CYCLES
+    assert len(turns["one"]) == 3 + 4 * cycles
+    assert len(turns["two"]) == 3 + cycles
+    order = [turns["one"][:3], turns["two"][:3], turns["one"][3:7], turns["two"][3:4]]
+    assert list(itertools.chain(*order)) == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert set(times.first) == {"one", "two"}
+    assert len(timing.measure([one], 9.0, cycles=2).us("one")) == 2
     assert [len(visit) for visit in times.us("one")] == [3] * timing.FEWEST_CYCLES
     whole, parts = times.us("one"), (times.us("one", "a"), times.us("one", "b"))
     assert whole[1][2] == pytest.approx(parts[0][1][2] + parts[1][1][2])
@@ -122,8 +125,14 @@ def test_times_hold_no_memory() -> None:
 
 
 def test_statistics() -> None:
-    assert timing.spread([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11]]) == (6, 2, 10, 11)
-    assert timing.spread([[7.0]]) == (7, 7, 7, 1)
+    few = timing.spread([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11]])
+    assert few[:3] == (6, 1.5, 10.5)
+    assert math.isnan(few.low)
+    assert few[5:] == (11, 3)
+    # Medians of the repeats are 5, 1, 2, 3, 4, 9; six have the whole range as their interval.
+    six = timing.spread([[5, 5, 90], [1], [2, 2], [3], [4], [9, 8, 10]])
+    assert six[:5] == (5, 1.5, pytest.approx(50.0), 1, 9)
+    assert timing.spread([[7.0]])[:3] == (7, 7, 7)
     # The second cycle was slow for both sides: a paired ratio does not see it.
     assert timing.paired([[2, 2, 50], [20, 20, 21], [2]], [[1], [10], [1]]) == 2
     with pytest.raises(ValueError, match="shorter"):

@@ -11,16 +11,17 @@ import pytest
 import torch
 from bench_points import H100, TINY, options, tiny
 
-from quest_dist import on_flashinfer, ops
-from quest_dist.bench import attention, graphs, sides
+from quest_dist import attention_sides as sides
+from quest_dist import graphs, on_flashinfer, ops
+from quest_dist.bench import attention
 from quest_dist.bench.attention_figures import GpuFigures
 from quest_dist.bench.attention_plan import planned
 from quest_dist.bench.attention_table import Outcome, table
 from quest_dist.bench.flashinfer_sides import DENSE, FlashInferSides, PageIds
 from quest_dist.bench.places import chosen_place
-from quest_dist.bench.shapes import SHAPES, Point, Shape
-from quest_dist.bench.timing import Rotation, Side, Times
 from quest_dist.page_requests import page_requests
+from quest_dist.shapes import SHAPES, Point, Shape
+from quest_dist.timing import Rotation, Side, Times
 
 
 def test_a_gpu_is_chosen_only_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

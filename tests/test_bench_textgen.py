@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from quest_dist import models
+from quest_dist import decoders, models
 from quest_dist.attention import patch
 from quest_dist.batch import Group
-from quest_dist.bench import decoders, textgen
+from quest_dist.bench import textgen
 from quest_dist.bench.__main__ import main
-from quest_dist.bench.decoders import MODELS, STEPS, filled
-from quest_dist.bench.places import Place
 from quest_dist.bench.textgen import Outcome, Plan
-from quest_dist.bench.timing import FEWEST_CYCLES, MOST_CYCLES, Times
+from quest_dist.decoders import MODELS, filled, pages_needed
 from quest_dist.latency import Decoder
 from quest_dist.methods.full import Full
 from quest_dist.methods.quest import Quest
+from quest_dist.places import Place
+from quest_dist.timing import Times
 
 CPU = Place(torch.device("cpu"), 1 << 20, "here")
 
@@ -36,7 +36,7 @@ def plan(*arguments: str) -> Plan:
 
 def test_a_tiny_run_measures_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "textgen.json"
-    few = ["--shape", "tiny", "--context", "256", "512", "--budget", "64", "--seconds", "0.01"]
+    few = ["--shape", "tiny", "--context", "256", "512", "--budget", "64", "--steps", "4"]
     assert (
         main(["textgen", *few, "--device", "cpu", "--dtype", "float32", "--json", str(path)]) == 0
     )
@@ -48,8 +48,10 @@ def test_a_tiny_run_measures_both_sides(tmp_path: Path, capsys: pytest.CaptureFi
         *(("dense", 256, "all"), ("quest", 256, 64), ("dense", 512, "all"), ("quest", 512, 64))
     ]
     for row in content["rows"]:
-        assert row["calls"] == 3 * FEWEST_CYCLES
-        assert 0 < row["p10"] <= row["ms"] <= row["p90"]
+        assert row["calls"] == 4 * 6
+        assert 0 < row["p5"] <= row["ms"] <= row["p95"]
+        assert 0 < row["low"] <= row["high"]
+        assert row["first"] > 0
         assert row["tokens/s"] == pytest.approx(1000 / row["ms"])
     dense, quest = content["rows"][2:]
     assert quest["x dense"] > 0
@@ -65,7 +67,7 @@ def test_sizes_are_those_of_the_real_models() -> None:
     tied = replace(tiny, tied=True)
     made = models.random(tied.sizes(64), torch.float32, torch.device("cpu"))
     assert sum(parameter.numel() for parameter in made.parameters()) == tied.parameters
-    assert made.config.max_position_embeddings == 64 + STEPS
+    assert made.config.max_position_embeddings == 64
 
 
 def test_bytes_are_those_that_must_be_read() -> None:
@@ -82,27 +84,26 @@ def test_both_sides_go_on_from_the_same_pages_in_the_memory_that_was_counted() -
     made = models.random(tiny.sizes(100), torch.float32, torch.device("cpu"))
     groups = {"dense": Group(Full(), [0], 1), "quest": Group(Quest(gqa="max"), [32], 1)}
     with torch.inference_mode(), patch(made, lambda rows: [], 16) as patched:
-        prefix = filled(patched.geometry, 100, torch.device("cpu"))
+        prefix = filled(patched.geometry, 100, torch.device("cpu"), pages_needed(100, 2, 30))
         pool = prefix.pool
         keys, _ = prefix.gather(2, 0)
         assert keys.shape == (1, 2, 100, 16)
         assert keys.std() == pytest.approx(1.0, abs=0.1)
         assert not torch.equal(keys, prefix.gather(1, 0)[0])
-        sides = decoders.continued(patched, prefix, groups)
-        assert pool.kv.nbytes + pool.meta.nbytes == tiny.cache_bytes(100, torch.float32)
+        sides = decoders.continued(patched, prefix, groups, 30)
+        assert pool.kv.nbytes + pool.meta.nbytes == tiny.cache_bytes(100, torch.float32, 2, 30)
         assert all(decoder.pool.kv is pool.kv for decoder in sides.values())
         for decoder in sides.values():
-            assert decoder.lengths.tolist() == [101]
-            for _ in range(STEPS - 1):
+            for _ in range(30):
                 decoder.step()
-        assert STEPS > 4 * MOST_CYCLES
+            assert decoder.lengths.tolist() == [130]
         assert torch.equal(prefix.gather(2, 0)[0], keys)
 
 
 def test_a_step_that_attends_to_something_else_is_not_timed() -> None:
     made = models.random(MODELS["tiny"].sizes(100), torch.float32, torch.device("cpu"))
     with torch.inference_mode(), patch(made, lambda rows: [], 16) as patched:
-        prefix = filled(patched.geometry, 100, torch.device("cpu"))
+        prefix = filled(patched.geometry, 100, torch.device("cpu"), 10)
         decoder = Decoder(patched, prefix.fork(0, 1), Group(Quest(), [32], 1), 2)
         decoder.step()
         with pytest.raises(RuntimeError, match="layer 1 attended to 21 to 21 tokens, 37 to 37"):
@@ -113,8 +114,8 @@ def test_a_step_that_attends_to_something_else_is_not_timed() -> None:
 
 
 def test_figures_are_of_their_own_point_only() -> None:
-    moved = {name: {"step": 1000} for name in ("dense", "quest")}
-    ran = Times({"dense": [[(4000.0,)], [(6000.0,)]], "quest": [[(2000.0,)], [(2000.0,)]]}, moved)
+    moved = {name: {"step": 1000} for name in ("full", "quest")}
+    ran = Times({"full": [[(4000.0,)], [(6000.0,)]], "quest": [[(2000.0,)], [(2000.0,)]]}, moved)
     seven = Outcome(MODELS["7b"], 32768, ran)
     found = textgen.summary(plan(), [seven, Outcome(MODELS["8b"], 16384, ran)])
     assert found == {
@@ -133,7 +134,7 @@ def test_a_model_too_large_for_the_memory_is_refused_with_its_sizes() -> None:
     textgen.check_memory(wanted, 40 * 10**9)
     with pytest.raises(ValueError, match="--shape: 7b at 32768 tokens needs") as refused:
         textgen.check_memory(wanted, 24 * 10**9)
-    for said in ("13.5 GB of weights", "18.6 GB of cache", "the cpu has 24.0 GB free", "or tiny"):
+    for said in ("13.5 GB of weights", "18.3 GB of cache", "the cpu has 24.0 GB free", "or tiny"):
         assert said in str(refused.value)
     assert "tiny at" not in str(refused.value)
 
@@ -150,7 +151,8 @@ def test_a_model_too_large_for_the_memory_is_refused_with_its_sizes() -> None:
         (["--dtype", "float16"], "--dtype=float16 is unknown; choose one of bfloat16, float32"),
         (["--device", "gpu"], "--device=gpu is unknown; choose one of cpu, cuda"),
         (["--lists", "min"], "--lists=min is unknown"),
-        (["--seconds", "0"], "--seconds=0.0: expected a positive number"),
+        (["--steps", "6"], "--steps=6: expected a positive multiple of 4"),
+        (["--repeats", "4"], "--repeats=4: expected at least 5"),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -167,7 +169,7 @@ def test_wrong_options_are_one_line(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_tiny_run_on_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "textgen.json"
-    few = ["--shape", "tiny", "--context", "512", "--budget", "64", "--seconds", "0.01"]
+    few = ["--shape", "tiny", "--context", "512", "--budget", "64", "--steps", "4"]
     assert main(["textgen", *few, "--device", "cuda", "--json", str(path)]) == 0
     content = json.loads(path.read_text())
     assert content["setting"]["timing"].startswith("replays of a CUDA graph")

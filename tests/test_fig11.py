@@ -127,7 +127,7 @@ def test_a_bracket_is_held_against_the_papers_budget(
     own = [decided(r, verdict=word) for r, word in zip(quest, words, strict=True)]
     got = fig11.verdicts([decided(full), *own])
     assert got["fig11a"].verdict == verdict
-    assert "without a delta" in got["fig11a"].reason or "of 1 budgets" in got["fig11a"].reason
+    assert "without a delta" in got["fig11a"].reason or "of 1 values" in got["fig11a"].reason
     assert got["fig11b"].reason == "latency: not measured in this sweep"
     *_, data = figures.draw("fig11", [decided(full), *own], tmp_path)
     papers = [float(line["value"]) for line in read(data) if line["series"] == "paper"]

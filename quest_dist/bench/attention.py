@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 
 import torch
 
-from quest_dist import on_flashinfer
-from quest_dist.bench import graphs, sides, timing
-from quest_dist.bench.attention_plan import READ, REUSE, Plan, planned
+from quest_dist import attention_sides as sides
+from quest_dist import graphs, machine_state, on_flashinfer, timing
+from quest_dist.bench.attention_plan import Plan, planned
 from quest_dist.bench.attention_table import Outcome, table
 from quest_dist.bench.flashinfer_sides import FlashInferSides
 from quest_dist.bench.places import DEVICES, chosen_place
 from quest_dist.bench.report import Report
-from quest_dist.bench.shapes import PAGE_SIZE, SHAPES, Point, parsed_sizes
+from quest_dist.shapes import PAGE_SIZE, SHAPES, Point, parsed_sizes
+from quest_dist.timing import READ, REUSE
 
 CALLS = "call by call"
 PASSES = (
@@ -91,23 +93,26 @@ def run(options: argparse.Namespace) -> Report:
 def measured(plan: Plan) -> Report:
     """Every point of a plan, one after the other."""
     outcomes, count = [], len(plan.points) + len(plan.sharing)
+    before = machine_state.read(plan.place.gpu)
     with torch.inference_mode():
         for number, point in enumerate((*plan.points, *plan.sharing), start=1):
             print(f"{number}/{count}: {point}", file=sys.stderr)
             outcomes.append(_outcome(plan, point))
+    after = machine_state.read(plan.place.gpu)
     columns, rows = table(outcomes)
     return Report(
         name="decode attention: one new token a row",
         columns=columns,
         rows=rows,
         summary=plan.figures.summary(outcomes),
-        setting=_setting(plan, outcomes),
+        setting=_setting(plan, outcomes, machine_state.stated(before, after)),
         targets=plan.figures.targets,
     )
 
 
-def _setting(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
+def _setting(plan: Plan, outcomes: list[Outcome], state: Mapping[str, object]) -> dict[str, object]:
     shapes = dict.fromkeys(outcome.point.shape for outcome in outcomes)
+    hosts = {str(o.point): o.times.hosts() for o in outcomes if o.times.walls}
     without = {_no_flashinfer(plan, outcome.point) for outcome in outcomes} - {None}
     rates = {str(o.point): o.times.rate(o.bandwidth) for o in outcomes}
     return {
@@ -126,6 +131,17 @@ def _setting(plan: Plan, outcomes: list[Outcome]) -> dict[str, object]:
         "page_table": "as the pool hands pages out, or a random permutation (shuffled)",
         "data": "normal keys, values and queries; other queries, hence lists, in every layer",
         "timing": CALLS if plan.record is None else PASSES,
+        "contract": timing.contract(
+            plan.place.on_gpu,
+            warm_up=timing.WARM_UP[plan.place.device.type],
+            repeats=f"cycles, {timing.FEWEST_CYCLES} to {timing.MOST_CYCLES} in the seconds given",
+            tokens="one query a call; the context does not grow",
+            cache=f"cold: {REUSE} x the last-level cache is read between two uses of a layer",
+            graphs="on: passes of many calls are replayed" if plan.place.on_gpu else "off: a CPU",
+            baseline="our dense attention on the same cache; torch SDPA; FlashInfer where it is",
+        ),
+        "machine_state": state,
+        **({"host_us": hosts} if hosts else {}),
         "ratios": "median over cycles of the ratio of two sides' medians in the same cycle",
         "seconds_a_point": plan.seconds,
         "layers": {str(outcome.point): plan.layers(outcome.point) for outcome in outcomes},

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from quest_dist.bench.attention_table import Outcome
 from quest_dist.bench.flashinfer_sides import QUEST
-from quest_dist.bench.timing import paired, spread
 from quest_dist.ops import Reduce
+from quest_dist.timing import paired, spread
 
 Summary = dict[str, float | None]
 

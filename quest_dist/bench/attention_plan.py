@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from quest_dist.bench import graphs, timing
+from quest_dist import graphs, timing
 from quest_dist.bench.attention_figures import Figures, GpuFigures
-from quest_dist.bench.places import Place, checked_options
-from quest_dist.bench.shapes import DTYPES, PAGE_SIZE, SHAPES, Point, Shape, parsed_sizes
+from quest_dist.bench.places import checked_options
+from quest_dist.places import Place
+from quest_dist.shapes import DTYPES, PAGE_SIZE, SHAPES, Point, Shape, parsed_sizes
+from quest_dist.timing import READ, REUSE
 
 CONTEXTS = (8192, 32768, 131072)
 BUDGETS = (512, 2048, 8192)
@@ -19,8 +21,6 @@ BUDGETS = (512, 2048, 8192)
 SHARING_CONTEXT, ROWS_CONTEXT = 8192, 32768
 SHARING_ROWS, BATCH_ROWS = 26, 8
 SHARED_SHAPES = ("7b", "8b")
-#: In units of the last-level cache: bytes between two uses of a layer, and of the read's buffer.
-REUSE, READ = 4, 8
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ class Plan:
 
 def planned(options: argparse.Namespace, place: Place) -> Plan:
     """The points that the options name, checked."""
-    seconds, lists = checked_options(options, place, SHAPES)
+    lists = checked_options(options, place, SHAPES)
+    seconds = place.seconds if options.seconds is None else options.seconds
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"--seconds={seconds}: expected a positive number")
     shapes = [SHAPES[name] for name in options.shape or SHAPES]
     contexts = parsed_sizes("--context", options.context, CONTEXTS)
     budgets = parsed_sizes("--budget", options.budget, BUDGETS)

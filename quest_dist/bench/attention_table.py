@@ -3,7 +3,8 @@
 `x dense`, `x sdpa` and `x flashinfer` say how many times faster a side is than our dense, than SDPA
 with enable_gqa and than the faster of FlashInfer's dense kernels; where rows share a prefix and are
 timed one call each too, `x dense` is against these. `% of bandwidth` is of a read of memory, on a
-GPU of a copy, in the same cycles.
+GPU of a copy, in the same cycles. `low` and `high` are the median's 95 % interval over repeats,
+`first` is the side's first call of all (see `timing`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from quest_dist.bench import flashinfer_sides
-from quest_dist.bench.shapes import Point
-from quest_dist.bench.timing import Times, paired, spread
 from quest_dist.ops import REDUCTIONS
+from quest_dist.shapes import Point
+from quest_dist.timing import Times, paired, spread
 
 COLUMNS = (
     *("shape", "context", "rows", "prefix", "pages", "budget", "lists", "what", "calls"),
-    *("us", "p10", "p90", "GB/s", "% of bandwidth", "x dense", "x sdpa"),
+    *("us", "p5", "p95", "low", "high", "first", "GB/s", "% of bandwidth", "x dense", "x sdpa"),
 )
 FLASHINFER_COLUMN = "x flashinfer"
 
@@ -64,7 +65,7 @@ class Outcome:
     def _row(self, side: str, *steps: str) -> tuple[Any, ...]:
         point, times = self.point, self.times
         us = times.us(side, *steps)
-        middle, low, high, calls = spread(us)
+        found = spread(us)
         rate = spread(times.rate(side, *steps)).median / 1000
         words = side.split()
         quest = words[-1] in REDUCTIONS
@@ -81,10 +82,10 @@ class Outcome:
             int(words[-2]) if quest else "all" if dense else None,
             words[-1] if quest else None,
             steps[0] if steps else what,
-            calls,
-            middle,
-            low,
-            high,
+            found.calls,
+            found.median,
+            *found[1:5],
+            None if steps else times.first.get(side),
             rate or None,
             100 * paired(times.rate(side, *steps), times.rate(self.bandwidth)) if rate else None,
             self.faster("calls" if self.has("calls") else "dense", compared),

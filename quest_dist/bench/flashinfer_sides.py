@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from quest_dist import ops
-from quest_dist.bench.sides import Cache, QuestStep, same
-from quest_dist.bench.timing import Rotation, Side
+from quest_dist.attention_sides import Cache, QuestStep, same
 from quest_dist.on_flashinfer import TENSOR_CORES_FROM, WORKSPACE_BYTES, Decode
 from quest_dist.page_requests import PageRequests, page_requests
+from quest_dist.timing import Rotation, Side
 
 DENSE = ("flashinfer CUDA cores", "flashinfer tensor cores")
 QUEST = "quest on flashinfer"

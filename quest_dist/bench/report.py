@@ -17,6 +17,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from quest_dist.machine_state import processor
+
 
 @dataclass(frozen=True)
 class Report:
@@ -64,17 +66,8 @@ class Report:
 
 def machine() -> dict[str, Any]:
     """The processor, its logical CPUs in use, and the system."""
-    names = (
-        [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "system": platform.platform(),
     }

@@ -3,6 +3,10 @@
 Both sides run the same engine on the same samples in the same process: shared, each sample is
 prefilled once and all points decode as one batch; alone, every point prefills and decodes by
 itself, as every other tool does. Model loading and sample making are outside both clocks.
+
+These are seconds of whole evaluations, one run of each side, not latencies: of the contract of
+`timing` they keep the synchronised clock, the baseline through the same code and the machine's
+state, and have neither warm-up nor repeats.
 """
 
 from __future__ import annotations
@@ -10,10 +14,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quest_dist import compose, engine, models, ops, prepare
+from quest_dist import compose, engine, machine_state, models, ops, prepare
 from quest_dist.bench.report import Report
 from quest_dist.engine import Evaluated
 from quest_dist.plan import Point
@@ -51,9 +55,12 @@ def run(options: argparse.Namespace) -> Report:
         data=first.data.build(), seed=first.seed, protocol=dict(first.protocol.settings)
     )
     samples = [task.sample(index, loaded.language) for index in range(options.samples)]
+    before = machine_state.read()
     shared_seconds, shared = _timed(loaded, samples, [points])
     alone_seconds, alone = _timed(loaded, samples, [[point] for point in points])
-    return _report(options, task, samples, points, (shared_seconds, shared), (alone_seconds, alone))
+    state = machine_state.stated(before, machine_state.read())
+    both = (shared_seconds, shared), (alone_seconds, alone)
+    return _report(options, task, samples, points, *both, state)
 
 
 def _timed(
@@ -79,6 +86,7 @@ def _report(
     points: Sequence[Point],
     shared: tuple[float, list[list[Evaluated]]],
     alone: tuple[float, list[list[Evaluated]]],
+    state: Mapping[str, object],
 ) -> Report:
     rows: list[tuple[Any, ...]] = []
     scores_equal = tokens_equal = True
@@ -115,5 +123,6 @@ def _report(
             "dtype": options.dtype,
             "prompt_tokens": tokens,
             "threads": ops.threads(),
+            "machine_state": state,
         },
     )

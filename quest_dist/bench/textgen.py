@@ -4,7 +4,8 @@ Each point is a model of random weights and a cache of random keys and values at
 from which a dense and a Quest `latency.Decoder` go on, one row each, over the same pages. A call is
 one step of a decoder: on a GPU one replay of its CUDA graph, timed by events of the stream; on a
 CPU the same step as it stands. Both sides move on by a token a call, so pages fill as in real
-decoding, and are visited in turn (`timing`).
+decoding, and are visited in turn. A repeat (`--repeats`) decodes a fixed number of tokens
+(`--steps`) from the same context anew; `step_times` and `timing` say what each number is.
 
 The first `--dense-layers` layers attend to everything in both, as in the paper. A side's bytes are
 those that it must read: every weight but the embeddings of other tokens, and keys, values and
@@ -23,26 +24,30 @@ from typing import Any
 
 import torch
 
-from quest_dist import models, ops
+from quest_dist import machine_state, models, ops, step_times
 from quest_dist.attention import Patch, patch
 from quest_dist.batch import Group
-from quest_dist.bench import graphs, timing
-from quest_dist.bench.decoders import MODELS, Model, continued, filled
-from quest_dist.bench.places import DEVICES, Place, checked_options, chosen_place
+from quest_dist.bench.places import DEVICES, checked_options, chosen_place
 from quest_dist.bench.report import Report
-from quest_dist.bench.shapes import DTYPES, PAGE_SIZE, SHAPES, parsed_sizes
-from quest_dist.bench.timing import Side, Times, paired, spread
 from quest_dist.cluster import available_memory
+from quest_dist.decoders import MODELS, Model, filled, pages_needed
 from quest_dist.methods.full import Full
 from quest_dist.methods.quest import Quest
+from quest_dist.places import Place
+from quest_dist.shapes import DTYPES, PAGE_SIZE, SHAPES, parsed_sizes
+from quest_dist.tasks.textgen import VISIT
+from quest_dist.timing import WARM_UP, Times, joined, paired, spread
 
 TARGETS = {"quest_vs_dense_7b": ">= 1.7"}
 #: The point of the summary.
 CONTEXT, BUDGET, DTYPE = 32768, 2048, torch.bfloat16
 COLUMNS = (
     *("shape", "context", "budget", "dense layers", "what", "calls"),
-    *("ms", "p10", "p90", "tokens/s", "GB/s", "x dense"),
+    *("ms", "p5", "p95", "low", "high", "first", "tokens/s", "GB/s", "x dense"),
 )
+#: Counted tokens of a repeat where none are named; the paper's 256 on a GPU.
+STEPS = {"cpu": 8, "cuda": 256}
+FEWEST_REPEATS = 5
 #: What of the free memory weights and cache may take.
 MEMORY_SHARE = 0.9
 
@@ -57,7 +62,8 @@ class Plan:
     dense_layers: int
     lists: ops.Reduce
     dtype: torch.dtype
-    seconds: float
+    steps: int
+    repeats: int
     place: Place
 
     @property
@@ -78,7 +84,7 @@ class Outcome:
     @property
     def ratio(self) -> float:
         """How many times faster Quest's steps are."""
-        return paired(self.times.us("dense"), self.times.us("quest"))
+        return paired(self.times.us("full"), self.times.us("quest"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,28 +110,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", help="bfloat16 (default), float32; on a GPU float16 too"
     )
-    parser.add_argument("--seconds", type=float, help="to time a point (default: 10, on a GPU 3)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="counted tokens of a repeat (default: 8, on a GPU 256)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=6, metavar="N", help="at least 5 (default: 6)"
+    )
 
 
 def run(options: argparse.Namespace) -> Report:
     """Measure; ValueError for options that cannot be, and for models larger than the memory."""
     plan = planned(options, chosen_place(options.device))
     check_memory(plan, free_memory(plan.place.device))
-    outcomes = []
+    outcomes, before = [], machine_state.read(plan.place.gpu)
     for model in plan.models:
         print(f"{model.shape.name}: making {model.parameters:,} random weights", file=sys.stderr)
-        made = models.random(model.sizes(max(plan.contexts)), plan.dtype, plan.place.device)
+        made = models.random(model.sizes(step_times.POSITIONS), plan.dtype, plan.place.device)
         for context in plan.contexts:
             print(f"{model.shape.name} at {context} tokens", file=sys.stderr)
             with torch.inference_mode(), patch(made, lambda rows: [], PAGE_SIZE) as patched:
                 outcomes.append(Outcome(model, context, times(plan, model, context, patched)))
         del made, patched  # before the next model needs the memory
-    return report(plan, outcomes)
+    after = machine_state.read(plan.place.gpu)
+    return report(plan, outcomes, machine_state.stated(before, after))
 
 
 def planned(options: argparse.Namespace, place: Place) -> Plan:
     """What the options name, checked."""
-    seconds, lists = checked_options(options, place, MODELS)
+    lists = checked_options(options, place, MODELS)
+    steps = STEPS[place.device.type] if options.steps is None else options.steps
+    if steps < VISIT or steps % VISIT:
+        raise ValueError(f"--steps={steps}: expected a positive multiple of {VISIT}")
+    if options.repeats < FEWEST_REPEATS:
+        raise ValueError(f"--repeats={options.repeats}: expected at least {FEWEST_REPEATS}")
     contexts = parsed_sizes("--context", options.context, (CONTEXT,))
     budget = parsed_sizes("--budget", options.budget and [options.budget], (BUDGET,))[0]
     for name, number in (("budget", budget), *(("context", one) for one in contexts)):
@@ -144,7 +164,8 @@ def planned(options: argparse.Namespace, place: Place) -> Plan:
         dense_layers=options.dense_layers,
         lists=lists,
         dtype=DTYPES[options.dtype],
-        seconds=seconds,
+        steps=steps,
+        repeats=options.repeats,
         place=place,
     )
 
@@ -161,7 +182,8 @@ def check_memory(plan: Plan, free: int) -> None:
     wanting, context = [], max(plan.contexts)
     for model in plan.models:
         weights = model.parameters * plan.dtype.itemsize
-        cache = model.cache_bytes(context, plan.dtype)
+        steps = step_times.steps_needed(plan.steps, WARM_UP[plan.place.device.type])
+        cache = model.cache_bytes(context, plan.dtype, 2, steps)
         if weights + cache > MEMORY_SHARE * free:
             sizes = f"{weights / 1e9:.1f} GB of weights and {cache / 1e9:.1f} GB of cache"
             wanting.append(f"{model.shape.name} at {context} tokens needs {sizes}")
@@ -174,34 +196,29 @@ def check_memory(plan: Plan, free: int) -> None:
 
 def times(plan: Plan, model: Model, context: int, patched: Patch) -> Times:
     """The step times of the dense and the Quest decoder, and the bytes that they must read."""
-    prefix = filled(patched.geometry, context, plan.place.device)
     groups = {
-        "dense": Group(Full(), [0], plan.dense_layers),
+        "full": Group(Full(), [0], plan.dense_layers),
         "quest": Group(Quest(gqa=plan.lists), [plan.budget], plan.dense_layers),
     }
     moved = {
-        "dense": model.dense_bytes(context, plan.dtype),
+        "full": model.dense_bytes(context, plan.dtype),
         "quest": model.quest_bytes(context, plan.budget, plan.dense_layers, plan.dtype),
     }
-    decoders = continued(patched, prefix, groups)
-    steps = {name: decoder.step for name, decoder in decoders.items()}
-    sides = [
-        Side(name, {"step": lambda _, step=step: step()}, (moved[name],))  # type: ignore[misc]
-        for name, step in steps.items()
+    warm_up = WARM_UP[plan.place.device.type]
+    steps = step_times.steps_needed(plan.steps, warm_up)
+    pages = pages_needed(context, len(groups), steps)
+    prefix = filled(patched.geometry, context, plan.place.device, pages)
+    how = {"steps": plan.steps, "warm_up": warm_up}
+    repeats = [
+        step_times.repeat(patched, prefix, groups, moved, plan.place, **how)[0]
+        for _ in range(plan.repeats)
     ]
-    if not plan.place.on_gpu:
-        return timing.measure(sides, plan.seconds)
-    clocked = {name: graphs.launched(step) for name, step in steps.items()}
-
-    def visit(side: Side) -> list[tuple[float, ...]]:
-        return [(us,) for us in clocked[side.name](side.counted)]
-
-    return timing.measure(sides, plan.seconds, visit)
+    return joined(repeats)
 
 
-def report(plan: Plan, outcomes: Sequence[Outcome]) -> Report:
+def report(plan: Plan, outcomes: Sequence[Outcome], state: Mapping[str, object]) -> Report:
     """Table, summary and targets."""
-    setting = {
+    setting: dict[str, object] = {
         "dtype": str(plan.dtype).removeprefix("torch."),
         "page_size": PAGE_SIZE,
         "rows": 1,
@@ -216,9 +233,25 @@ def report(plan: Plan, outcomes: Sequence[Outcome]) -> Report:
             if plan.place.on_gpu
             else "the whole step, call by call"
         ),
-        "ratios": "median over cycles of the ratio of two sides' medians in the same cycle",
-        "seconds_a_point": plan.seconds,
+        "ratios": "median over repeats of the ratio of two sides' medians in the same repeat",
+        "contract": {
+            f"{outcome.model.shape.name} at {outcome.context}": step_times.contract(
+                plan.place,
+                outcome.context,
+                plan.steps,
+                WARM_UP[plan.place.device.type],
+                outcome.model.dense_bytes(outcome.context, plan.dtype),
+                f"{plan.repeats} of all sides",
+            )
+            for outcome in outcomes
+        },
+        "machine_state": state,
     }
+    if plan.place.on_gpu:
+        setting["host_us"] = {
+            f"{outcome.model.shape.name} at {outcome.context}": outcome.times.hosts()
+            for outcome in outcomes
+        }
     return Report(
         name="text generation: one decode step of a whole model",
         columns=COLUMNS,
@@ -231,7 +264,7 @@ def report(plan: Plan, outcomes: Sequence[Outcome]) -> Report:
 
 def _rows(plan: Plan, outcome: Outcome) -> list[tuple[Any, ...]]:
     found = []
-    for name in ("dense", "quest"):
+    for name in ("full", "quest"):
         us, quest = spread(outcome.times.us(name)), name == "quest"
         found.append(
             (
@@ -239,9 +272,10 @@ def _rows(plan: Plan, outcome: Outcome) -> list[tuple[Any, ...]]:
                 outcome.context,
                 plan.budget if quest else "all",
                 plan.dense_layers if quest else outcome.model.layers,
-                name,
+                "quest" if quest else "dense",
                 us.calls,
-                *(one / 1000 for one in us[:3]),
+                *(one / 1000 for one in us[:5]),
+                outcome.times.first[name] / 1000,
                 1e6 / us.median,
                 spread(outcome.times.rate(name)).median / 1000,
                 outcome.ratio if quest else 1.0,
@@ -257,6 +291,6 @@ def summary(plan: Plan, outcomes: Sequence[Outcome]) -> Mapping[str, float | Non
         name = outcome.model.shape.name
         if outcome.context in plan.accepted and name in SHAPES:
             found[f"quest_vs_dense_{name}"] = outcome.ratio
-            for side in ("dense", "quest"):
-                found[f"{side}_ms_{name}"] = spread(outcome.times.us(side)).median / 1000
+            for word, side in (("dense", "full"), ("quest", "quest")):
+                found[f"{word}_ms_{name}"] = spread(outcome.times.us(side)).median / 1000
     return found

@@ -13,12 +13,20 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from quest_dist import stats
 from quest_dist.figures import style
 from quest_dist.table import Row
 
 LINE = 0.155  # inches a line of small print takes
 HEAD = 0.62  # inches for title and subtitle
-BADGES = {"generated": "generated data", "files": "data from files", "hub": "hub data"}
+BADGES = {
+    "random_keys": "random keys and values",
+    "random_weights": "random weights, keys and values",
+    "generated": "generated data",
+    "files": "data from files",
+    "hub": "hub data",
+}
+REPEATED = ("repeat", "repeats")  # what a sample of a time is called
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,8 @@ def small_print(rows: Sequence[Row], caption: Caption, notes: Sequence[str]) -> 
     data = _named(BADGES.get(r.data, r.data) for r in rows)
     page = _named(f"{r.page_size}" for r in rows if r.budget is not None)
     dense = _named(f"{r.dense_layers}" for r in rows if r.budget is not None)
-    facts = [f"{models}, {data}, protocol {protocols}, {samples(rows)}"]
+    made = [models, data, *([] if _times(rows) else [f"protocol {protocols}"]), samples(rows)]
+    facts = [", ".join(made)]
     if page:
         facts.append(f"Page size {page}, first {dense} layers dense")
     facts += notes[:1]
@@ -51,12 +60,17 @@ def samples(rows: Sequence[Row]) -> str:
     """How many samples stand behind a point: 'n = 10 a point', 'n = 3 to 10 of 10 a point'."""
     counts = sorted({row.n for row in rows if row.n})
     wanted = max((row.n_expected for row in rows), default=0)
+    one, many = REPEATED if _times(rows) else ("sample", "samples")
     if not counts:
-        return "no samples yet"
+        return f"no {many} yet"
     if counts == [wanted] or (len(counts) == 1 and wanted <= counts[0]):
-        return f"n = {counts[0]} {'sample' if counts[0] == 1 else 'samples'} a point"
+        return f"n = {counts[0]} {one if counts[0] == 1 else many} a point"
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"n = {span} of {wanted} samples a point"
+    return f"n = {span} of {wanted} {many} a point"
+
+
+def _times(rows: Sequence[Row]) -> bool:
+    return any(row.metric in stats.TIMES for row in rows)
 
 
 def lacking(rows: Sequence[Row]) -> str:

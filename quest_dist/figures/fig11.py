@@ -49,7 +49,7 @@ def verdicts(rows: Sequence[Row]) -> dict[str, Verdict]:
     latency = Verdict("not run", UNTIMED)
     if any(row.metric == latency_at.METRIC and row.n for row in rows):
         latency = Verdict("not comparable", "other hardware (the paper: RTX 4090)")
-    return {"fig11a": paper.worst(budgets, "budgets"), "fig11b": latency}
+    return {"fig11a": paper.worst(budgets), "fig11b": latency}
 
 
 def judge(find: Lossless, row: Row) -> Verdict:

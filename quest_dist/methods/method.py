@@ -164,6 +164,22 @@ class Method(ABC):
         """What `select` does, as a page rule; None where it is not one."""
         return None
 
+    def rule_alone(self) -> PageRule:
+        """The page rule of a method that decodes on the device alone; ValueError for a method that
+        has none, and for a backend that plans on the host."""
+        rule = self.page_rule()
+        if self.backend != "compiled":
+            raise ValueError(
+                f"backend={self.backend} plans each call on the host, so it cannot decode on the"
+                " device alone; choose compiled"
+            )
+        if rule is None:
+            raise ValueError(
+                "as it is set it is no page rule, so it cannot decode on the device alone; full"
+                " can, and quest and tightbound with variant=normative metadata=exact"
+            )
+        return rule
+
     @abstractmethod
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """Fewest and most tokens that a query head attends to at this length and decode step (0 =

@@ -14,11 +14,12 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from quest_dist.plan import Point
     from quest_dist.tasks.prompt import Language
 
 
@@ -70,12 +71,30 @@ class Outcome:
     """Plain JSON that the task's figure draws as it is; of a point, its first sample's is kept."""
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What a machine is taken to do, for estimates: FLOP and bytes read a second."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample costs for the points of one unit, and the memory of its worker beside
+    Python's own."""
+
+    seconds: float
+    bytes: float
+
+
 class Task(Protocol):
     """A benchmark over one data source.
 
-    `metric` names the unit of a score (see quest_dist.stats): 'f1', 'rouge_l', 'accuracy' and
-    'recall' are 0..100, higher is better; 'perplexity' samples are mean negative log-likelihoods in
-    nats, and a point's value is exp of their mean; 'attention_us' and 'step_ms' are times.
+    `metric` names the unit of a score (see quest_dist.stats): 'f1', 'rouge_l', 'accuracy',
+    'string_match_all', 'recall' and 'attention' are 0..100, higher is better; 'perplexity' samples
+    are mean negative log-likelihoods in nats, and a point's value is exp of their mean;
+    'attention_us' and 'step_ms' are times.
     """
 
     metric: str
@@ -85,6 +104,8 @@ class Task(Protocol):
     """True: what is measured is time, so nothing else may run on the device meanwhile."""
     needs_weights: ClassVar[bool] = True
     """False: the model's shape will do, and nothing is loaded or downloaded for it."""
+    made_of: ClassVar[str] = ""
+    """What it measures on, in figures' words, where that is not the data of the sweep."""
     x: ClassVar[str] = ""
     """What the x of its curve is, in figures' words; empty for a task without a curve."""
 
@@ -102,6 +123,15 @@ class Task(Protocol):
 
     def check_method(self, method: Any) -> None:
         """Raise ValueError for a method that this task cannot run; any by default."""
+
+    def check_model(self, shape: Mapping[str, Any]) -> None:
+        """Raise ValueError for a model's shape that this task cannot run; any by default."""
+
+    @staticmethod
+    def cost(points: Sequence[Point], shape: Mapping[str, Any], speed: Speed) -> Cost | None:
+        """Return what a sample costs for `points` of one unit; None (the default) where it is a
+        prefill and decode steps, as cost.py guesses."""
+        return None
 
     def sample(self, index: int, language: Language) -> Sample:
         """Build sample `index` in the tokens of `language`; ValueError where it cannot be built."""

@@ -44,7 +44,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Point:
-    """Rows that decode one token each at one context length.
+    """Rows that decode one token each at one context length, in pages of `page_size`.
 
     `shared`: the rows have one prefix, all but the last page. `quests` are the (budget, lists) to
     time beside dense; lists as in `ops.page_scores`: `max` and `mean` give one list a kv head,
@@ -58,6 +58,7 @@ class Point:
     shared: bool = False
     quests: tuple[tuple[int, Reduce], ...] = ()
     shuffled: bool = False
+    page_size: int = PAGE_SIZE
 
     def __str__(self) -> str:
         """For people."""
@@ -78,12 +79,12 @@ class Point:
     @property
     def pages(self) -> int:
         """Distinct pages of all rows."""
-        each = self.context // PAGE_SIZE
+        each = self.context // self.page_size
         return each - 1 + self.rows if self.shared else each * self.rows
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
         """What dense attention must read: every distinct key and value once."""
-        return self.pages * PAGE_SIZE * self.shape.token_bytes(dtype)
+        return self.pages * self.page_size * self.shape.token_bytes(dtype)
 
     def score_bytes(self, dtype: torch.dtype) -> int:
         """What scoring must read: the metadata of every distinct closed page once."""

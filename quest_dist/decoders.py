@@ -5,6 +5,7 @@ The sizes are those of real models; nothing is downloaded and no prompt is prefi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,11 @@ import torch
 
 from quest_dist.attention import Patch
 from quest_dist.batch import Group
-from quest_dist.bench import timing
-from quest_dist.bench.shapes import PAGE_SIZE, SHAPES, Point, Shape
 from quest_dist.latency import Decoder
 from quest_dist.pool import Geometry, Pool, Rows
+from quest_dist.shapes import PAGE_SIZE, SHAPES, Point, Shape
+from quest_dist.tasks.textgen import check_shape
 
-#: Steps that a decoder may be asked for: one to check it, and those of all visits.
-STEPS = 1 + (timing.MOST_CYCLES + 1) * (timing.UNCOUNTED + timing.COUNTED)
 BLOCK = 2048  # tokens of the random block that fills a cache
 
 
@@ -35,8 +34,23 @@ class Model:
     theta: float = 10000.0
     tied: bool = False
 
-    def sizes(self, context: int) -> dict[str, Any]:
-        """Fields of transformers' LlamaConfig, for sequences of `context` tokens and all steps."""
+    @classmethod
+    def of(cls, label: str, shape: Mapping[str, Any]) -> Model:
+        """The sizes that a model's `shape` states; ValueError naming what it lacks."""
+        check_shape(shape)
+        heads, kv_heads, head_dim = (int(shape[n]) for n in ("heads", "kv_heads", "head_dim"))
+        return cls(
+            Shape(label, label, heads, kv_heads, head_dim),
+            layers=int(shape["layers"]),
+            hidden=int(shape["hidden"]),
+            intermediate=int(shape["intermediate"]),
+            vocabulary=int(shape["vocab"]),
+            theta=float(shape["rope_theta"]),
+            tied=bool(shape["tied"]),
+        )
+
+    def sizes(self, tokens: int) -> dict[str, Any]:
+        """Fields of transformers' LlamaConfig, for sequences of so many tokens."""
         return {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
@@ -45,7 +59,7 @@ class Model:
             "num_attention_heads": self.shape.heads,
             "num_key_value_heads": self.shape.kv_heads,
             "head_dim": self.shape.head_dim,
-            "max_position_embeddings": context + STEPS,
+            "max_position_embeddings": tokens,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.theta},
             "tie_word_embeddings": self.tied,
         }
@@ -62,9 +76,9 @@ class Model:
         """All weights."""
         return self.read_parameters + (0 if self.tied else self.vocabulary * self.hidden)
 
-    def cache_bytes(self, context: int, dtype: torch.dtype) -> int:
-        """Memory of the pages: the context's, and those of two decoders' steps."""
-        pages = pages_needed(context)
+    def cache_bytes(self, context: int, dtype: torch.dtype, decoders: int, steps: int) -> int:
+        """Memory of the pages: the context's, and those of so many decoders' steps."""
+        pages = pages_needed(context, decoders, steps)
         return self.layers * Point(self.shape, pages * PAGE_SIZE).layer_bytes(dtype)
 
     def dense_bytes(self, context: int, dtype: torch.dtype) -> int:
@@ -72,9 +86,18 @@ class Model:
         everything = Point(self.shape, context).dense_bytes(dtype)
         return self.read_parameters * dtype.itemsize + self.layers * everything
 
-    def quest_bytes(self, context: int, budget: int, dense_layers: int, dtype: torch.dtype) -> int:
+    def quest_bytes(
+        self,
+        context: int,
+        budget: int,
+        dense_layers: int,
+        dtype: torch.dtype,
+        page_size: int = PAGE_SIZE,
+    ) -> int:
         """What a step under Quest must read."""
-        point = Point(self.shape, context)
+        point = Point(self.shape, context, page_size=page_size)
+        if budget >= context:
+            return self.dense_bytes(context, dtype)
         saved = point.dense_bytes(dtype) - point.least_quest_bytes(budget, dtype)
         return self.dense_bytes(context, dtype) - (self.layers - dense_layers) * saved
 
@@ -87,15 +110,22 @@ MODELS = {
 }
 
 
-def pages_needed(context: int) -> int:
-    """Pages of a context and of all steps of two decoders that go on from it."""
-    return -(-context // PAGE_SIZE) + 2 * (-(-STEPS // PAGE_SIZE) + 1)
+def pages_needed(context: int, decoders: int, steps: int, page_size: int = PAGE_SIZE) -> int:
+    """Pages of a context and of the steps of so many decoders that go on from it."""
+    return -(-context // page_size) + decoders * (-(-steps // page_size) + 1)
 
 
-def filled(geometry: Geometry, context: int, device: torch.device) -> Rows:
-    """One row of normally distributed keys and values, in a pool with room for two decoders."""
-    rows = Rows(Pool(geometry, PAGE_SIZE, pages_needed(context), device), 1)
-    random = torch.Generator(device).manual_seed(0)
+def filled(
+    geometry: Geometry,
+    context: int,
+    device: torch.device,
+    pages: int,
+    page_size: int = PAGE_SIZE,
+    seed: int = 0,
+) -> Rows:
+    """One row of normally distributed keys and values, in a pool of `pages` pages."""
+    rows = Rows(Pool(geometry, page_size, pages, device), 1)
+    random = torch.Generator(device).manual_seed(seed)
     size = (1, geometry.kv_heads, min(BLOCK, context), geometry.head_dim)
     keys, values = (
         torch.randn(size, generator=random, device=device).to(geometry.dtype) for _ in range(2)
@@ -109,32 +139,36 @@ def filled(geometry: Geometry, context: int, device: torch.device) -> Rows:
     return rows
 
 
-def continued(patched: Patch, prefix: Rows, groups: dict[str, Group]) -> dict[str, Decoder]:
-    """A decoder a group, all going on from `prefix`, each recorded where there is a GPU, and one
-    step further; that step was what its method promises."""
-    length = prefix.lengths_list[0] + 1
+def continued(
+    patched: Patch, prefix: Rows, groups: Mapping[str, Group], steps: int
+) -> dict[str, Decoder]:
+    """A decoder of so many steps a group, all going on from `prefix`, each recorded where there is
+    a GPU."""
     # All have their pages before the first is recorded.
     made = {
-        name: Decoder(patched, prefix.fork(0, 1), group, STEPS) for name, group in groups.items()
+        name: Decoder(patched, prefix.fork(0, 1), group, steps) for name, group in groups.items()
     }
-    for name, decoder in made.items():
+    for decoder in made.values():
         if decoder.pool.device.type == "cuda":
             decoder.capture()
-        decoder.step()
-        check_step(decoder, groups[name], length)
     return made
 
 
-def check_step(decoder: Decoder, group: Group, length: int) -> None:
-    """RuntimeError unless the last step attended to what its method promises at this length."""
+def check_step(decoder: Decoder, group: Group, length: int) -> tuple[float, float, float]:
+    """What the last step attended to at this length, mean over layers under the method, and the
+    fewest and most that it promises; RuntimeError unless each layer kept that promise."""
+    page_size = decoder.pool.page_size
+    planned = group.method.planned(length, group.budgets[0], page_size, 0)
+    ruled = [float(length)] if group.dense_layers >= len(decoder.attended) else []
     for layer, attended in decoder.attended.items():
-        low = high = length
-        if layer >= group.dense_layers:
-            low, high = group.method.planned(length, group.budgets[0], PAGE_SIZE, 0)
+        low, high = planned if layer >= group.dense_layers else (length, length)
         least, most = int(attended.min()), int(attended.max())
         if not low <= least <= most <= high:
             raise RuntimeError(
                 f"layer {layer} attended to {least} to {most} tokens, {low} to {high} are planned"
             )
+        if layer >= group.dense_layers:
+            ruled.append(float(attended.float().mean()))
     if not bool(decoder.logits.isfinite().all()):
         raise RuntimeError("the step's logits are not finite")
+    return sum(ruled) / len(ruled), *map(float, planned)

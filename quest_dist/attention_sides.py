@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quest_dist import ops
-from quest_dist.bench.shapes import PAGE_SIZE, Point
-from quest_dist.bench.timing import Rotation, Side
 from quest_dist.methods.quest import pages_to_keep
+from quest_dist.shapes import Point
+from quest_dist.timing import Rotation, Side
 
 #: Tokens of the random block that fills a cache; every repetition has its channels turned by one.
 BLOCK = 2048
@@ -52,7 +52,7 @@ def filled(
     random = torch.Generator().manual_seed(seed)
     shape, rows, context = point.shape, point.rows, point.context
     kv, meta = ops.allocate_pages(
-        layers, point.pages, shape.kv_heads, PAGE_SIZE, shape.head_dim, dtype, device
+        layers, point.pages, shape.kv_heads, point.page_size, shape.head_dim, dtype, device
     )
     order = torch.arange(point.pages)
     if point.shuffled:
@@ -72,8 +72,8 @@ def filled(
         v = values[:, :, tokens].expand(len(filling), -1, -1, -1)
         ops.append(kv[0], meta[0], filling, k, v, _int32([start] * len(filling), device))
     if point.shared and rows > 1:
-        last = keys[:, :, :PAGE_SIZE].expand(rows - 1, -1, -1, -1)
-        starts = _int32([context - PAGE_SIZE] * (rows - 1), device)
+        last = keys[:, :, : point.page_size].expand(rows - 1, -1, -1, -1)
+        starts = _int32([context - point.page_size] * (rows - 1), device)
         ops.append(kv[0], meta[0], table[1:], last, last, starts)
     for layer in range(1, layers):
         kv[layer].copy_(kv[0])
@@ -139,12 +139,15 @@ class QuestStep:
     `pages` is the length of its lists.
     """
 
-    def __init__(self, cache: Cache, budget: int, lists: ops.Reduce) -> None:
+    def __init__(
+        self, cache: Cache, budget: int, lists: ops.Reduce, radius_scale: float = 1.0
+    ) -> None:
         """The cache must hold more tokens than the budget."""
         point, device = cache.point, cache.q.device
         self.cache, self.lists, self.budget = cache, lists, budget
-        self.pages = pages_to_keep(point.context, budget, PAGE_SIZE)
-        self.items = _int32([point.context // PAGE_SIZE] * point.rows, device)
+        self.radius_scale = radius_scale
+        self.pages = pages_to_keep(point.context, budget, point.page_size)
+        self.items = _int32([point.context // point.page_size] * point.rows, device)
         self.keep = _int32([self.pages] * point.rows, device)
 
     def score(self, layer: int) -> None:
@@ -156,6 +159,7 @@ class QuestStep:
             cache.meta[layer],
             cache.table,
             cache.lengths,
+            radius_scale=self.radius_scale,
             reduce=self.lists,
         )
 
@@ -174,7 +178,13 @@ class QuestStep:
         """All of it in one call, without a rotation or a new token."""
         cache = self.cache
         place = (cache.kv[layer], cache.meta[layer], cache.table, cache.lengths)
-        return ops.decode(cache.q[layer], *place, self.keep, reduce=self.lists)
+        return ops.decode(
+            cache.q[layer],
+            *place,
+            self.keep,
+            radius_scale=self.radius_scale,
+            reduce=self.lists,
+        )
 
     def sides(self, rotation: Rotation) -> list[Side]:
         """The whole, and the three as one sequence with the times of its parts."""
@@ -204,7 +214,12 @@ class QuestStep:
         for head in range(shape.kv_heads):
             pages = self.cache.table.gather(1, lists[:, head])
             pairs += int(pages.flatten().bincount().count_nonzero())
-        return pairs * PAGE_SIZE * shape.token_bytes(self.cache.q.dtype) // shape.kv_heads
+        return (
+            pairs
+            * self.cache.point.page_size
+            * shape.token_bytes(self.cache.q.dtype)
+            // shape.kv_heads
+        )
 
     def _check(self) -> None:
         """The attention of the first and last query is that over the tokens of their lists."""

@@ -14,10 +14,11 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from quest_dist.bench.timing import Side, Times, measure
+from quest_dist.timing import WARM_UP, Side, Times, measure
 
 #: Calls of a pass at least, so that what is between two replays does not count.
 LEAST_CALLS = 32
@@ -28,8 +29,16 @@ Clocked = Callable[[int], list[float]]
 Record = Callable[[Pass], Clocked]
 
 
-def measure_passes(sides: Sequence[Side], seconds: float, record: Record) -> Times:
-    """`timing.measure` of passes that `record` makes ready."""
+def measure_passes(
+    sides: Sequence[Side],
+    seconds: float,
+    record: Record,
+    *,
+    warm_up: int = WARM_UP["cuda"],
+    cycles: int | None = None,
+) -> Times:
+    """`timing.measure` of passes that `record` makes ready; `warm_up` of each are dropped."""
+    walls: dict[str, list[float]] = {side.name: [] for side in sides}
     recorded = {
         side.name: [record(one_pass(side, first)) for first in range(1, len(side.steps) + 1)]
         for side in sides
@@ -38,12 +47,14 @@ def measure_passes(sides: Sequence[Side], seconds: float, record: Record) -> Tim
     def visit(side: Side) -> list[tuple[float, ...]]:
         calls = calls_of(side)
         prefixes = [[us / calls for us in clocked(side.counted)] for clocked in recorded[side.name]]
+        walls[side.name].append(getattr(recorded[side.name][-1], "wall", math.nan) / calls)
         return [
             tuple(after - before for before, after in itertools.pairwise((0.0, *ends)))
             for ends in zip(*prefixes, strict=True)
         ]
 
-    return measure(sides, seconds, visit)
+    times = measure(sides, seconds, visit, warm_up=warm_up, cycles=cycles)
+    return replace(times, walls={name: found[1:] for name, found in walls.items()})
 
 
 def calls_of(side: Side) -> int:
@@ -76,22 +87,28 @@ def graph(run: Pass) -> Clocked:
     with torch.cuda.graph(recorded):
         run()
 
-    return launched(recorded.replay)
+    return Launched(recorded.replay)
 
 
-def launched(run: Pass) -> Clocked:
-    """Times a pass that is only launched, by events of the current stream."""
+class Launched:
+    """Times a pass that is only launched, by events of the current stream; `wall` is the host's
+    time of the last passes, each, from one synchronisation to the other."""
 
-    def clocked(passes: int) -> list[float]:
+    def __init__(self, run: Pass) -> None:
+        self.run, self.wall = run, math.nan
+
+    def __call__(self, passes: int) -> list[float]:
+        """The microseconds of so many passes, after one that is not counted."""
         kind = torch.cuda.Event
         events = [kind(enable_timing=True) for _ in range(passes + 1)]  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
         for event in events:
-            run()
+            self.run()
             event.record()
-        events[-1].synchronize()
+        torch.cuda.synchronize()
+        self.wall = (time.perf_counter_ns() - start) / 1000 / len(events)
         return [1000 * start.elapsed_time(end) for start, end in itertools.pairwise(events)]
-
-    return clocked
 
 
 def direct(run: Pass) -> Clocked:

@@ -1,0 +1,117 @@
+"""Figure 10 of the paper: a whole model's decode step, by context and budget.
+
+(a) 16-bit weights, as a multiple of the full step at the same context; (b) 4-bit weights, which are
+not implemented here: the paper's alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from quest_dist.figures import bars, style, times
+from quest_dist.figures.caption import Caption
+from quest_dist.figures.panels import Plotted
+from quest_dist.figures.paper import Verdict
+from quest_dist.figures.times import Group, Value, entries, fact, inverse
+from quest_dist.table import Row
+
+NAME = "fig10"
+PARTS = ("fig10a", "fig10b")
+NOT_RUN = Verdict("not run", "4-bit weights are not implemented")
+CONTEXTS = (8192, 16384, 32768)
+COLUMNS = ("full", "512", "1024", "2048", "4096")
+COLORS = (style.INK, *times.BLUES[:4])
+NOTES = (
+    "On ours: milliseconds a token and, on Quest's, the speed-up over full. Hatched: the paper,"
+    " Figure 10 (printed), Llama-2-7B on an RTX 6000 Ada: attention's share of a step is not ours.",
+)
+
+
+def takes(row: Row) -> bool:
+    """Whether a row belongs in this figure."""
+    return row.task.startswith("textgen_") and row.method in times.METHODS
+
+
+def draw(rows: Sequence[Row], caption: Caption) -> tuple[Figure, Plotted]:
+    """Two panels a device."""
+    title = "Decode step of a whole model, relative to full attention"
+    heads = ("(a) 16-bit weights", "(b) AWQ 4-bit weights: not run")
+    figure, plotted = times.page(NAME, title, rows, caption, heads, _draw, NOTES, PARTS[:1])
+    said = {"part": PARTS[1], "verdict": NOT_RUN.verdict, "reason": NOT_RUN.reason}
+    return figure, [*plotted, *_papers_own(plotted, said)]
+
+
+def verdicts(rows: Sequence[Row]) -> dict[str, Verdict]:
+    """Of both parts."""
+    figure = style.canvas(3.0)
+    plotted = [
+        line
+        for group in times.groups(rows)
+        for line in _draw([figure.add_subplot() for _ in PARTS], group)
+    ]
+    return {PARTS[0]: times.overall(NAME, rows, plotted, PARTS[0]), PARTS[1]: NOT_RUN}
+
+
+def _draw(panels: list[Axes], group: Group) -> Plotted:
+    first, second = panels
+    plotted = _bars(first, "fp16_ms", group)
+    _bars(second, "awq_w4_ms", None)
+    first.set_ylabel("time / full's at the same context")
+    where: dict[str, Any] = {"ha": "right", "va": "top", "transform": second.transAxes}
+    second.text(0.99, 0.99, f"{NOT_RUN}\nthe paper's alone", size=8, color=style.WARN, **where)
+    how = {"fontsize": 7, "handlelength": 1.4, "labelspacing": 0.3, "borderaxespad": 0.1}
+    first.legend(loc="upper right", ncols=3, columnspacing=1.0, **how)
+    return plotted
+
+
+def _bars(axes: Axes, table: str, group: Group | None) -> Plotted:
+    known, plotted, places, names = times.setting(NAME)[table], [], [], []
+    step = 2 * bars.WIDTH + 0.12
+    for i, context in enumerate(CONTEXTS):
+        full = group.full(context) if group else None
+        sparse = group.sparse(context) if group else {}
+        start = i * (len(COLUMNS) * step + 0.6)
+        places.append(start + (len(COLUMNS) - 1) * step / 2)
+        names.append(f"{style.tokens(context)} tokens")
+        for j, (name, color) in enumerate(zip(COLUMNS, COLORS, strict=True)):
+            x = start + j * step
+            value = known[str(context)][name]
+            theirs = value / known[str(context)]["full"]
+            bars.papers(axes, x + bars.WIDTH / 2, [theirs], "paper (RTX 6000 Ada)")
+            row = full if name == "full" else sparse.get(int(name))
+            if group is None or row is None or full is None:
+                continue
+            ours: Value = (1.0, math.nan, math.nan)
+            if row is not full:
+                ours = inverse(fact(row, "speedup"))
+            label = "full" if name == "full" else f"budget {style.tokens(int(name))}"
+            bars.ours(axes, x - bars.WIDTH / 2, [(label, ours[0], color)], ours)
+            over = "" if row is full else f"\n{1 / ours[0]:.2f}x"
+            high = ours[0] if math.isnan(ours[2]) else ours[2]
+            bars.said(axes, x - bars.WIDTH / 2, max(high, theirs), f"{row.score:.0f}{over}")
+            time = (row.score, row.low, row.high)
+            quantity = "step / full step"
+            plotted += entries(NAME, PARTS[0], group, row, quantity, ours, time, theirs, value)
+    bars.ticks(axes, places, names)
+    return plotted
+
+
+def _papers_own(like: Plotted, said: dict[str, Any]) -> Plotted:
+    """CSV lines of the paper's 4-bit bars."""
+    known = times.setting(NAME)["awq_w4_ms"]
+    blank = dict.fromkeys(like[0], math.nan) if like else {}
+    return [
+        blank
+        | {"series": "paper", "quantity": "step / full step", "context": int(context), "unit": "ms"}
+        | {"budget": None if name == "full" else int(name), "time": value, "page_size": 16}
+        | {"value": value / columns["full"], "device": times.setting(NAME)["gpu"], **said}
+        | {"model": times.setting(NAME)["model"], "dtype": "4-bit weights", "n": None}
+        | {"status": "", "point": ""}
+        for context, columns in (known.items() if like else ())
+        for name, value in columns.items()
+    ]
