@@ -116,11 +116,7 @@ def _refuse(sweep: Sweep, ledger: Ledger, work: Work) -> None:
 
 
 def _run(
-    sweep: Sweep,
-    ledger: Ledger,
-    changed: Callable[[], None],
-    run_unit: str,
-    out: Console,
+    sweep: Sweep, ledger: Ledger, changed: Callable[[], None], run_unit: str, out: Console
 ) -> bool:
     """Run what the ledger lacks, a search rung by rung; return False when interrupted."""
     storage = sweep.directory / "tune"
