@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from quest_dist.lossless import Lossless
 from quest_dist.report.verdicts import Line
 from quest_dist.table import Panel, Row, pivot
 
@@ -33,10 +34,42 @@ def results(rows: Sequence[Row], out: Console) -> None:
         out.print(_panel(panel))
 
 
+def lossless(findings: Sequence[Lossless], totals: Sequence[str], out: Console) -> None:
+    """Print what a search found, a line a curve, and what it took."""
+    first = findings[0]
+    title = f"smallest lossless budget · delta {first.delta:g} · confidence {first.confidence:g}"
+    columns = ("task", "method", "lossless from", "lossy at", "unresolved")
+    shown = Table(*columns, title=title, title_justify="left")
+    for name in ("difference from full", "pairs", "evaluations"):
+        shown.add_column(name, justify="right")
+    several = len({finding.model for finding in findings}) > 1
+    for finding in findings:
+        shown.add_row(
+            finding.task + (f" · {finding.model}" if several else ""),
+            finding.label,
+            "" if finding.budget is None else str(finding.budget),
+            "" if finding.lossy is None else str(finding.lossy),
+            "(cut short)" if finding.open else finding.undecided,
+            _difference(finding),
+            str(finding.pairs),
+            f"{finding.evaluations}/{finding.grid}",
+        )
+    out.print()
+    out.print(shown)
+    out.print("\n".join(totals), markup=False, soft_wrap=True)
+
+
 def heading(name: str, about: str, out: Console) -> None:
     """Print where one part of a launch begins."""
     out.print()
     out.rule(f"[bold]{escape(name)}[/]: {escape(about)}", align="left")
+
+
+def _difference(finding: Lossless) -> str:
+    if not finding.pairs:
+        return ""
+    interval = f"[dim]{finding.low:+.0f} to {finding.high:+.0f}[/dim]"
+    return f"{finding.difference:+.1f} {interval} at {finding.at}"
 
 
 def failures(rows: Iterable[Row], out: Console) -> None:

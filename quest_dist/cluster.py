@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,6 +127,21 @@ def fit(cluster: Cluster, memory_per_worker: int) -> Workers:
         count = max(1, min(cpus // (cluster.cpus_per_worker or 1), by_memory, by_device))
     count = max(1, min(count, cpus // (cluster.cpus_per_worker or 1)))
     return Workers(count, cluster.cpus_per_worker or cpus // count, gpus)
+
+
+def check_fits(cpus: float, gpus: float, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise ValueError when no node can ever hold one worker; Ray would wait for ever."""
+    wanted = {"CPU": cpus, "GPU": gpus}
+    if any(all(node.get(name, 0.0) >= n for name, n in wanted.items()) for node in nodes):
+        return
+    largest = ", ".join(
+        f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}s" for name in wanted
+    )
+    raise ValueError(
+        f"cluster: a worker needs {cpus:g} CPUs and {gpus:g} GPUs on one node;"
+        f" the largest of {len(nodes)} nodes have {largest};"
+        " set cluster.cpus_per_worker and cluster.gpus_per_worker"
+    )
 
 
 def available_cpus() -> int:

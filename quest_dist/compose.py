@@ -26,6 +26,7 @@ from omegaconf.errors import (
 from quest_dist import mistakes
 from quest_dist.cluster import Cluster
 from quest_dist.folders import find
+from quest_dist.search import Search
 from quest_dist.suggest import did_you_mean
 
 #: Groups whose every option is loaded, and chosen from by name in the grid.
@@ -67,6 +68,7 @@ class Config:
     parts: list[str] = field(default_factory=list)
     grid: Grid = field(default_factory=Grid)
     exclude: list[Any] = field(default_factory=list)
+    search: Search = field(default_factory=Search)
     model: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)

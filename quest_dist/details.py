@@ -7,6 +7,7 @@
                                               intervals over samples
     notes    {name: [texts]}                  distinct texts, such as the devices that were timed
     drawing  anything                         of the first sample that has one
+    search   {name: value}                    what a search decided of the point (see lossless)
 
 Invariants: a pure function of records; absent parts are left out; the text is canonical, so equal
 details are equal strings, and a row that carries them is read back from CSV as it was.
@@ -55,6 +56,11 @@ def summed(
 def read(text: str) -> dict[str, Any]:
     """The parts of a row's details."""
     return dict(json.loads(text or "{}"))
+
+
+def joined(text: str, name: str, part: Any) -> str:
+    """A row's details with one more part."""
+    return canonical({**read(text), name: part})
 
 
 def dots(text: str, part: str = "curve") -> tuple[Dot, ...]:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from quest_dist import cost
+from quest_dist import cost, matched
 from quest_dist.ledger import Ledger
 from quest_dist.plan import Point, Unit
 from quest_dist.prepare import Part, Sweep
 from quest_dist.progress import clock
-from quest_dist.work import Work, nothing_done
+from quest_dist.work import EMPTY, Work, nothing_done
 
 Place = tuple[str, str]
 
@@ -39,6 +39,33 @@ def show(sweep: Sweep, work: Work, ledger: Ledger | None, out: Console) -> None:
     out.print(
         f"{wall}, and {memory / 2**30:.1f} GiB a worker ({basis}); nothing was run", markup=False
     )
+
+
+def searches(sweep: Sweep, ledger: Ledger | None, out: Console) -> None:
+    """Print what the searches among the parts may take, and what they cannot find; or nothing."""
+    first = sweep.asking(ledger or matched.NOTHING, EMPTY)
+    lines = []
+    for part, now in zip(sweep.parts, first.parts, strict=True):
+        search = part.search
+        if search.delta is None:
+            continue
+        least, most = sum(now.counts.values()), sum(part.counts.values())
+        lines.append(
+            f"{part.name}: budgets that lose less than {search.delta:g} points, confidence"
+            f" {search.confidence:g}; {least} evaluations if the next rung decides all, {most}"
+            " (the grid) if none is decided"
+        )
+        fewest = min(n for key, n in part.counts.items() if key not in sweep.exclusive)
+        if fewest < search.equal_pairs:
+            lines.append(
+                f"{part.name}: with {fewest} samples nothing can be called lossless: it takes"
+                f" {search.equal_pairs} pairs at least, all equal; raise the tasks' samples, or"
+                " search.delta"
+            )
+    if lines:
+        wall = clock(Work.of(first, ledger).wall())
+        lines.append(f"the next rung alone: about {wall}")
+        out.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def _table(part: Part, work: Work, ledger: Ledger | None, titled: bool) -> Table:

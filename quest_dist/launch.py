@@ -7,14 +7,23 @@ driver is the only writer; a lock on the output directory keeps a second one out
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quest_dist import closing, estimate, overview, schedule, stats, table
-from quest_dist.cluster import device_of
+from quest_dist import (
+    closing,
+    estimate,
+    lossless,
+    ordering,
+    overview,
+    reported,
+    schedule,
+    stats,
+    table,
+)
+from quest_dist.cluster import Workers, device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
 from quest_dist.parts import combined
@@ -22,11 +31,10 @@ from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
 from quest_dist.progress import Progress
 from quest_dist.provenance import Provenance
-from quest_dist.report import definitions, verdicts
 from quest_dist.report import files as results
-from quest_dist.report.launched import Launched, Part
+from quest_dist.report import verdicts
 from quest_dist.report.launched import texts as launched_texts
-from quest_dist.work import Work, nothing_done
+from quest_dist.work import EMPTY, Work, nothing_done
 from quest_dist.worker import failed
 
 if TYPE_CHECKING:
@@ -53,7 +61,7 @@ def run(
         return _plan(sweep, out)
     with lock(sweep.output_dir), Ledger(sweep.output_dir / "ledger.db") as ledger:
         ledger.add_points(sweep.points)
-        work = Work.of(sweep, ledger)
+        work = Work.of(sweep.asking(ledger, EMPTY), ledger)
         _announce(sweep, ledger, work, out)
         _refuse(sweep, ledger, work)
         launched = provenance or Provenance()
@@ -63,7 +71,7 @@ def run(
         finished = True
         with _following(sweep, ledger, tracker) as changed:
             if work.all_units:
-                finished = _run(sweep, ledger, work, changed, run_unit, out)
+                finished = _run(sweep, ledger, changed, run_unit, out)
         return _close(sweep, ledger, tracker, launched, finished, out)
 
 
@@ -73,6 +81,7 @@ def _plan(sweep: Sweep, out: Console) -> int:
         work = Work.of(sweep, ledger)
         _announce(sweep, ledger, work, out)
         estimate.show(sweep, work, ledger, out)
+        estimate.searches(sweep, ledger, out)
     return FINISHED
 
 
@@ -80,7 +89,8 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
     pairs = sum(sweep.counts.values())
     done = ledger.done if ledger is not None else nothing_done
     have = sum(len(done(p.key) & set(range(sweep.counts[p.key]))) for p in sweep.points)
-    line = f"{sweep.name}: {len(sweep.points)} points, {pairs} records"
+    most = "at most " if any(part.search.delta for part in sweep.parts) else ""
+    line = f"{sweep.name}: {len(sweep.points)} points, {most}{pairs} records"
     if have:
         line += f", {have} of them done"
     left = len(work.all_units)
@@ -107,23 +117,46 @@ def _refuse(sweep: Sweep, ledger: Ledger, work: Work) -> None:
 
 
 def _run(
+    sweep: Sweep, ledger: Ledger, changed: Callable[[], None], run_unit: str, out: Console
+) -> bool:
+    """Run what the ledger lacks, a search rung by rung; return False when interrupted."""
+    storage = sweep.directory / "tune"
+    tried: dict[str, int] = {}
+    try:
+        with schedule.opened(sweep.cluster, storage, run_unit) as run_units:
+            while True:
+                now = sweep.asking(ledger, tried)
+                work = Work.of(now, ledger, tried)
+                if not work.units:
+                    break
+                if not _round(now, ledger, work, work.units, work.workers, run_units, changed, out):
+                    return False
+                tried = {k: n for k, n in now.counts.items() if k not in sweep.exclusive}
+            # Times are taken last, when nothing else of this sweep runs.
+            return not work.alone or _round(
+                now, ledger, work, work.alone, work.one, run_units, changed, out
+            )
+    except KeyboardInterrupt:  # while Ray was stopping
+        return False
+
+
+def _round(
     sweep: Sweep,
     ledger: Ledger,
     work: Work,
+    units: Sequence[Unit],
+    workers: Workers,
+    run_units: schedule.RunUnits,
     changed: Callable[[], None],
-    run_unit: str,
     out: Console,
 ) -> bool:
-    """Schedule the units; return False when interrupted."""
-    workers = work.workers
+    """Schedule units; return False when interrupted."""
     resources = f"{workers.count} x {workers.cpus} threads"
     if workers.gpus:
         resources += f" and {workers.gpus:g} GPU (cuda)"
     where = "this process" if sweep.cluster.backend == "inline" else "Ray Tune"
     described = f"{where}, {resources}; {sweep.output_dir}"
-    with Progress(
-        sweep.points, work.all_units, ledger.records, work.seconds, described, out
-    ) as progress:
+    with Progress(sweep.points, units, ledger.records, work.seconds, described, out) as progress:
 
         def on_report(report: schedule.Report) -> None:
             ledger.add(report["records"])
@@ -139,13 +172,7 @@ def _run(
             progress.failure(unit, message)
             changed()
 
-        storage = sweep.directory / "tune"
-        # Times are taken last, when nothing else of this sweep runs.
-        return all(
-            schedule.run(units, given, sweep.cluster, on_report, on_failure, storage, run_unit)
-            for units, given in ((work.units, workers), (work.alone, work.one))
-            if units
-        )
+        return run_units(units, workers, on_report, on_failure)
 
 
 @contextlib.contextmanager
@@ -156,7 +183,7 @@ def _following(
     if tracker is None:
         yield lambda: None
         return
-    follower = Follower(lambda: tracker.sync(_rows(sweep, ledger)))
+    follower = Follower(lambda: tracker.sync(reported.rows(sweep, ledger)))
     follower.start()
     try:
         yield follower.notify
@@ -172,18 +199,25 @@ def _close(
     finished: bool,
     out: Console,
 ) -> int:
-    rows = _rows(sweep, ledger)
-    launched = _launched(sweep, ledger, provenance)
+    rows = reported.rows(sweep, ledger)
+    launched = reported.launched(sweep, ledger, provenance)
     files = results.write(launched, sweep.directory)
     advice: list[str] = []
     for part in launched.parts:
-        everything = [*part.rows, *overview.average(part.rows)]
+        own = part.rows
         if len(launched.parts) > 1:
             closing.heading(part.name, part.about, out)
+        if found := lossless.found(own):
+            # Its points have as many samples as they needed, so their means do not compare.
+            closing.results(own, out)
+            closing.lossless(found, lossless.totals(own), out)
+            advice += lossless.lines(own)
+            continue
+        everything = [*own, *overview.average(own)]
         closing.results(everything, out)
-        found = stats.recommendation(everything)
-        out.print("\n".join(["", *overview.resolved(found)]), markup=False, soft_wrap=True)
-        advice += found
+        said = [*stats.recommendation(everything), *_order(own, ledger)]
+        out.print("\n".join(["", *overview.resolved(said)]), markup=False, soft_wrap=True)
+        advice += said
     lines = verdicts.lines(launched)
     if verdicts.of_the_paper(lines):
         closing.verdicts(lines, out)
@@ -194,43 +228,15 @@ def _close(
     closing.failures(rows, out)
     if not finished:
         out.print("interrupted; the same command again goes on from here", style="yellow")
-    return FINISHED if ledger.complete(sweep.points, sweep.counts) else INCOMPLETE
+    asked = sweep.asking(ledger, EMPTY).counts
+    return FINISHED if ledger.complete(sweep.points, asked) else INCOMPLETE
 
 
-def _launched(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Launched:
-    """What is reported: each part with its figures and its own rows."""
-    parts = tuple(
-        Part(
-            part.name,
-            part.figures,
-            tuple(table.rows(part.points, ledger, part.counts)),
-            provenance.command if len(sweep.parts) == 1 else _command(part.name, provenance),
-            part.about,
-        )
-        for part in sweep.parts
-    )
-    specs = {point.method.name: point.method for point in sweep.points}
-    return Launched(
-        name=sweep.name,
-        parts=parts,
-        about=sweep.about,
-        command=provenance.command,
-        hardware=provenance.hardware,
-        source=provenance.source,
-        environment=provenance.environment,
-        methods=definitions.methods(specs.values()),
-    )
-
-
-def _command(part: str, provenance: Provenance) -> str:
-    """The launch's command for one of its parts alone."""
-    own = ("sweep=", "name=", "about=", "parts=")
-    given = [a for a in provenance.overrides if not a.lstrip("+").startswith(own)]
-    return shlex.join(["python", "-m", "quest_dist.sweep", f"+sweep={part}", *given])
-
-
-def _rows(sweep: Sweep, ledger: Ledger) -> list[table.Row]:
-    return table.rows(sweep.points, ledger, sweep.counts)
+def _order(rows: Sequence[table.Row], ledger: Ledger) -> list[str]:
+    """Whether methods keep their order at equal budget, where an upper bound was run too."""
+    if not any(row.method == "oracle_page" for row in rows):
+        return []
+    return ordering.statements(rows, ledger)
 
 
 def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:
@@ -249,5 +255,5 @@ def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:
         sweep.output_dir,
         known,
         ledger,
-        lambda rows: launched_texts(_launched(sweep, ledger, provenance)),
+        lambda rows: launched_texts(reported.launched(sweep, ledger, provenance)),
     )

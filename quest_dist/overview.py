@@ -24,7 +24,7 @@ def average(table: Sequence[Row]) -> list[Row]:
     `n` and `pairs` are samples over all tasks. Only scores in points (0..100) are averaged; fewer
     than two such tasks give no rows.
     """
-    scored = [row for row in table if row.metric in stats.POINTS]
+    scored = [row for row in table if row.metric in stats.POINTS & stats.ACCURACIES]
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in scored:
         unit = (row.method, row.budget, row.page_size, row.dense_layers)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quest_dist import cluster, figures, models, plan
+from quest_dist import cluster, figures, matched, models, plan
 from quest_dist.cluster import Cluster
 from quest_dist.plan import Point, Spec
+from quest_dist.search import Search
 from quest_dist.tasks.task import Task
 
 _CHOSEN = ("model", "method", "task")
@@ -29,6 +30,7 @@ class Part:
     figures: tuple[str, ...]
     points: tuple[Point, ...]
     counts: Mapping[str, int]
+    search: Search
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,18 @@ class Sweep:
     tracking: Mapping[str, Any]
     config: Mapping[str, Any]
 
+    def asking(self, ledger: matched.Records, tried: Mapping[str, int]) -> Sweep:
+        """This sweep with the counts that the ledger must hold next (see matched.asked)."""
+        parts = []
+        counts: dict[str, int] = {}
+        for part in self.parts:
+            wanted = matched.asked(
+                part.search, part.points, part.counts, self.exclusive, ledger, tried
+            )
+            parts.append(replace(part, counts=wanted))
+            counts |= {key: max(n, counts.get(key, 0)) for key, n in wanted.items()}
+        return replace(self, parts=tuple(parts), counts=counts)
+
     @property
     def directory(self) -> Path:
         """Where this sweep's tables and figures go."""
@@ -69,6 +83,8 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     figures.check(config["figures"])
     resources = Cluster(**config["cluster"])
     cluster.check(resources)
+    search = Search(**config["search"])
+    search.check()
     specs = {group: specs_of(config[group], group) for group in _CHOSEN}
     _check_chosen(config)
     plan.check_grid(grid, specs)
@@ -81,6 +97,9 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     points = _timed_by_shape(points, tasks)
     _check_lengths(points, tasks)
     _check_methods(points, tasks, resources)
+    metrics = {p.key: tasks[p.task.name].metric for p in points}
+    if search.delta is not None:
+        matched.check(points, metrics)
     samples = {name: task.count() for name, task in tasks.items()}
     counts = {p.key: min(samples[p.task.name], limit or samples[p.task.name]) for p in points}
     name, about = str(config["name"]), str(config["about"])
@@ -88,10 +107,10 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
         name=name,
         about=about,
         output_dir=output_dir(config),
-        parts=(Part(name, about, tuple(config["figures"]), tuple(points), counts),),
+        parts=(Part(name, about, tuple(config["figures"]), tuple(points), counts, search),),
         points=tuple(points),
         counts=counts,
-        metrics={p.key: tasks[p.task.name].metric for p in points},
+        metrics=metrics,
         exclusive=frozenset(p.key for p in points if tasks[p.task.name].exclusive),
         cluster=resources,
         tracking=config["tracking"],

@@ -6,10 +6,12 @@ Invariants:
 * A unit whose worker broke is tried again, up to `cluster.max_failures` times, for the samples
   that it did not deliver; the sample it broke at goes last, so that it holds up no other.
 * What could not be run at all is handed to `on_failure`, once.
+* Ray is started by the first units, once for all that are run while the place is open.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ Report = dict[str, Any]
 OnReport = Callable[[Report], None]
 OnFailure = Callable[[Unit, str], None]
 RunUnit = Callable[[Mapping[str, Any], Mapping[str, Any]], Iterator[Report]]
+#: Runs units on workers; False when the user interrupted.
+RunUnits = Callable[[Sequence[Unit], Workers, OnReport, OnFailure], bool]
 WORKER = "quest_dist.worker:run"
 
 
@@ -63,29 +67,35 @@ class Round:
                 yield Unit(unit.points, rotated), message, again
 
 
-def run(
-    units: Sequence[Unit],
-    workers: Workers,
-    cluster: Cluster,
-    on_report: OnReport,
-    on_failure: OnFailure,
-    storage: Path,
-    run_unit: str = WORKER,
-) -> bool:
-    """Run all units; return False when the user interrupted.
+@contextlib.contextmanager
+def opened(cluster: Cluster, storage: Path, run_unit: str = WORKER) -> Iterator[RunUnits]:
+    """Yield what runs units, as often as it is asked to.
 
-    `storage` is a folder for Ray Tune's own files, which nothing reads again. Raises ValueError
-    when the cluster can never satisfy a worker, and whatever `on_report` raised.
+    `storage` is a folder for Ray Tune's own files, which nothing reads again. What is yielded
+    raises ValueError when the cluster can never satisfy a worker, and whatever `on_report` raised.
     """
-    if cluster.backend == "inline":
-        return _rounds(units, cluster, on_report, on_failure, Inline(workers, run_unit))
-    from quest_dist.schedule_ray import Tuned
+    with contextlib.ExitStack() as stack:
+        tuned: list[Callable[[Round, Workers], None]] = []
 
-    try:
-        with Tuned(workers, cluster, storage, run_unit) as tuned:
-            return _rounds(units, cluster, on_report, on_failure, tuned)
-    except KeyboardInterrupt:  # while Ray was starting or stopping
-        return False
+        def run(
+            units: Sequence[Unit], workers: Workers, on_report: OnReport, on_failure: OnFailure
+        ) -> bool:
+            if cluster.backend == "inline":
+                inline = Inline(workers, run_unit)
+                return _rounds(units, cluster, on_report, on_failure, inline)
+            from quest_dist.schedule_ray import Tuned
+
+            try:
+                if not tuned:
+                    started = Tuned(cluster, storage, run_unit, workers.count * workers.cpus)
+                    tuned.append(stack.enter_context(started))
+                return _rounds(
+                    units, cluster, on_report, on_failure, lambda r: tuned[0](r, workers)
+                )
+            except KeyboardInterrupt:  # while Ray was starting
+                return False
+
+        yield run
 
 
 def _rounds(

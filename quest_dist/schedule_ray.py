@@ -13,15 +13,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import quest_dist
-from quest_dist.cluster import Cluster, Workers
+from quest_dist.cluster import Cluster, Workers, check_fits
 from quest_dist.plan import Unit
 from quest_dist.schedule import Round, by_model, can_retry, resolve
 from quest_dist.worker import Runtime, describe
@@ -48,16 +49,20 @@ _CARRIED = ("HF_", "QUEST_", "OMP_", "TOKENIZERS_")
 
 
 class Tuned:
-    """A connection to Ray and how to run a round on it; a context manager."""
+    """A connection to Ray and how to run rounds on it; a context manager.
 
-    def __init__(self, workers: Workers, cluster: Cluster, storage: Path, run_unit: str) -> None:
-        self.workers, self.cluster = workers, cluster
+    A private cluster has `cpus` CPUs, of which each worker of a round is given its share, whatever
+    threads it runs, so that no more workers than asked for fit at once.
+    """
+
+    def __init__(self, cluster: Cluster, storage: Path, run_unit: str, cpus: int) -> None:
+        self.cluster, self.cpus = cluster, cpus
         self.storage, self.run_unit = storage.absolute(), run_unit
         self._started = False
         self._rounds = 0
 
     def __enter__(self) -> Tuned:
-        """Connect, and refuse workers that no node could ever hold."""
+        """Connect."""
         try:
             if not ray.is_initialized():
                 self._started = True
@@ -65,7 +70,6 @@ class Tuned:
                     self._start()
                 else:
                     self._attach(self.cluster.address)
-            check_fits(self.workers, _nodes())
         except BaseException:
             self.__exit__()
             raise
@@ -83,7 +87,7 @@ class Tuned:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray.init(
             address="local",
-            num_cpus=self.workers.count * self.workers.cpus,
+            num_cpus=self.cpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
@@ -112,10 +116,17 @@ class Tuned:
             ) from error
         _check_version()
 
-    def __call__(self, current: Round) -> None:
-        """Run a round: every unit a trial, in the order given."""
+    def __call__(self, current: Round, workers: Workers) -> None:
+        """Run a round: every unit a trial, in the order given.
+
+        Raises ValueError for workers that no node could ever hold.
+        """
+        cpus = float(workers.cpus)
+        if self._started and self.cluster.address is None:
+            cpus = math.floor(1000 * self.cpus / workers.count) / 1000
+        check_fits(cpus, workers.gpus, _nodes())
         self._rounds += 1
-        workers, models = self.workers, by_model(current.units)
+        models = by_model(current.units)
         # `import_path` lets workers find the evaluator where the driver found it (tests).
         config = {
             "unit": tune.grid_search([unit.to_dict() for unit in current.units]),
@@ -126,7 +137,7 @@ class Tuned:
 
         def bundle(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
             model = models[Unit.from_dict(config["unit"]).first.model.canonical()]
-            need = {"CPU": float(workers.cpus), "memory": 1024.0 * (1 + model)}
+            need = {"CPU": cpus, "memory": 1024.0 * (1 + model)}
             return tune.PlacementGroupFactory(
                 [need | ({"GPU": workers.gpus} if workers.gpus else {})]
             )
@@ -280,18 +291,3 @@ def _check_version() -> None:
 def _nodes() -> list[dict[str, float]]:
     """The resources of every living node."""
     return [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-
-
-def check_fits(workers: Workers, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raise ValueError when no node can ever hold one worker; Ray would wait for ever."""
-    wanted = {"CPU": float(workers.cpus), "GPU": workers.gpus}
-    if any(all(node.get(name, 0.0) >= n for name, n in wanted.items()) for node in nodes):
-        return
-    largest = ", ".join(
-        f"{max((node.get(name, 0.0) for node in nodes), default=0.0):g} {name}s" for name in wanted
-    )
-    raise ValueError(
-        f"cluster: a worker needs {workers.cpus} CPUs and {workers.gpus:g} GPUs on one node;"
-        f" the largest of {len(nodes)} nodes have {largest};"
-        " set cluster.cpus_per_worker and cluster.gpus_per_worker"
-    )

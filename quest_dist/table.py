@@ -109,21 +109,30 @@ def rows(points: Sequence[Point], ledger: Records, expected: Mapping[str, int]) 
     """The table, in the order of the points; `expected` maps a key to the samples asked for."""
     records = {point.key: ledger.records(point.key) for point in points}
     metrics: dict[str, str] = {}
-    full: dict[str, str] = {}
     for point in points:
         for record in records[point.key][:1]:
             metrics[point.task.name] = str(record["metric"])
-        if point.method.name == "full":
-            full[point.family] = point.key
-            full.setdefault(_ground(point), point.key)
+    full = full_of(points)
     table = []
     for point in points:
-        # Full attention reads the same tokens whatever the page size, so any full will do.
-        base = full.get(point.family) or full.get(_ground(point))
-        reference = records[base] if base else []
+        reference = records[full[point.key].key] if point.key in full else []
         count, metric = expected.get(point.key, 0), metrics.get(point.task.name, "")
         table.append(_row(point, records[point.key], reference, count, metric))
     return table
+
+
+def full_of(points: Sequence[Point]) -> dict[str, Point]:
+    """The full that each point is compared with, by the point's key; points without one are not in.
+
+    Full attention reads the same tokens whatever the page size, so any full will do.
+    """
+    found: dict[str, Point] = {}
+    for point in points:
+        if point.method.name == "full":
+            found[point.family] = point
+            found.setdefault(_ground(point), point)
+    bases = {p.key: found.get(p.family) or found.get(_ground(p)) for p in points}
+    return {key: base for key, base in bases.items() if base is not None}
 
 
 def _ground(point: Point) -> str:

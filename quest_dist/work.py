@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from quest_dist.prepare import Sweep
 UNIT_SECONDS = 30.0
 #: Units a worker should get, so that the last ones end together.
 UNITS_PER_WORKER = 4
+EMPTY: Mapping[str, int] = {}
 SLICE_SECONDS = 900.0  # and never much longer than this, so that a lost worker loses little
 
 
@@ -44,9 +45,14 @@ class Work:
         self.workers, self.one, self.seconds = workers, one, seconds
 
     @classmethod
-    def of(cls, sweep: Sweep, ledger: Ledger | None) -> Work:
-        """Cut what `ledger` lacks of a sweep (None: everything)."""
-        done = ledger.done if ledger is not None else nothing_done
+    def of(cls, sweep: Sweep, ledger: Ledger | None, tried: Mapping[str, int] = EMPTY) -> Work:
+        """Cut what `ledger` lacks of a sweep (None: everything); of the first samples that were
+        `tried` of a point, by its key, nothing is tried again."""
+
+        def done(key: str) -> set[int]:
+            found = ledger.done(key) if ledger is not None else nothing_done(key)
+            return found | set(range(tried.get(key, 0)))
+
         pace = ledger.pace if ledger is not None else no_pace
         timed = [point for point in sweep.points if point.key in sweep.exclusive]
         beside = [point for point in sweep.points if point.key not in sweep.exclusive]

@@ -30,9 +30,9 @@ LAYERS = (
     ("suggest", "folders", "spec", "plan", "cluster"),
     ("_cpu", "_cuda", "backend", "metadata", "arguments", "reference", "reference_prefill"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
-    ("tasks/", "ledger", "cost", "stats", "machine_state", "shapes", "places"),
+    ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
     ("pool", "batch", "methods/", "bundled", "details", "timing", "graphs"),
-    ("table", "ordering"),
+    ("table", "ordering", "lossless", "matched"),
     ("attention", "models", "overview", "projection", "attention_sides"),
     (
         "engine",
@@ -50,7 +50,7 @@ LAYERS = (
     ("worker", "prepare", "report/"),
     ("parts",),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),
-    ("estimate",),
+    ("estimate", "reported"),
     ("launch", "compose", "mistakes"),
     ("sweep", "figures/__main__", "bench/"),
 )

@@ -33,15 +33,14 @@ def run(
 ) -> tuple[bool, list[Report], list[tuple[tuple[int, ...], str]]]:
     reports: list[Report] = []
     failures: list[tuple[tuple[int, ...], str]] = []
-    finished = schedule.run(
-        units,
-        Workers(2 if backend == "ray" else 1, 1, 0.0),
-        Cluster(backend=backend, **settings),
-        reports.append,
-        lambda unit, message: failures.append((unit.samples, message)),
-        storage,
-        "tiny_unit:run",
-    )
+    workers = Workers(2 if backend == "ray" else 1, 1, 0.0)
+
+    def on_failure(unit: Unit, message: str) -> None:
+        failures.append((unit.samples, message))
+
+    place = Cluster(backend=backend, **settings)
+    with schedule.opened(place, storage, "tiny_unit:run") as run_units:
+        finished = run_units(units, workers, reports.append, on_failure)
     return finished, reports, failures
 
 
@@ -100,26 +99,42 @@ def test_an_error_of_the_driver_stops_the_run(tmp_path: Path) -> None:
     def full_disk(report: Report) -> None:
         raise OSError("no space left")
 
-    with pytest.raises(OSError, match="no space left"):
-        schedule.run(
-            UNITS,
-            Workers(1, 1, 0.0),
-            Cluster(backend="inline"),
-            full_disk,
-            lambda unit, message: None,
-            tmp_path,
-            "tiny_unit:run",
-        )
+    place = Cluster(backend="inline")
+    with (
+        schedule.opened(place, tmp_path, "tiny_unit:run") as run_units,
+        pytest.raises(OSError, match="no space left"),
+    ):
+        run_units(UNITS, Workers(1, 1, 0.0), full_disk, lambda unit, message: None)
+
+
+@pytest.mark.slow
+def test_ray_is_started_once_for_all_rounds_and_holds_the_workers_of_each(
+    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    started: list[int] = []
+    init = ray.init
+    monkeypatch.setattr(
+        ray, "init", lambda **given: started.append(given["num_cpus"]) or init(**given)
+    )
+    units = grids.units(grids.points(), samples=2, size=1)
+    reports: list[Report] = []
+    with schedule.opened(Cluster(), tmp_path, "tiny_unit:run") as run_units:
+        assert started == []
+        for count, cpus in ((2, 1), (1, 2), (1, 1)):
+            workers = Workers(count, cpus, 0.0)
+            assert run_units(units, workers, reports.append, lambda unit, message: None)
+    assert started == [2]
+    assert len(reports) == 6
 
 
 def test_workers_that_no_node_can_hold_are_refused() -> None:
-    from quest_dist.schedule_ray import check_fits
-
     nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 64.0}]
-    check_fits(Workers(1, 4, 1.0), nodes)
-    check_fits(Workers(1, 64, 0.0), nodes)
+    cluster.check_fits(4.0, 1.0, nodes)
+    cluster.check_fits(64.0, 0.0, nodes)
     with pytest.raises(ValueError, match=r"8 CPUs and 1 GPUs on one node; the largest of 2 nodes"):
-        check_fits(Workers(1, 8, 1.0), nodes)
+        cluster.check_fits(8.0, 1.0, nodes)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ TIMES = {"kernels": 36, "breakdown": 12, "textgen": 15}
 POINTS = {
     "attention_map": 1,
     "longbench_budgets": 156,
+    "matched": 87,
     "passkey": 72,
     "perplexity_budgets": 21,
     "pg19": 6,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from quest_dist import models, stats
 from quest_dist.folders import find
@@ -101,7 +102,7 @@ def test_models(path):
 
 @pytest.mark.parametrize("path", files("data"), ids=ids)
 def test_data(path, tmp_path):
-    settings = read(path)
+    settings = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     if path.stem == "files":
         assert settings["root"] == "???"
         (tmp_path / "qasper.jsonl").write_text(json.dumps(RECORD), encoding="utf-8")

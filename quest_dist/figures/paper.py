@@ -57,11 +57,10 @@ def judge(figure: str, row: Row) -> Verdict:
         return Verdict("not comparable", "the paper has no such figure")
     if not row.n:
         return Verdict("not run", row.error or row.status)
-    reasons = {_why_not(row, setting) for setting in settings}
-    same = [setting for setting in settings if not _why_not(row, setting)]
-    if not same:
-        return Verdict("not comparable", sorted(reasons)[0])
-    value = _value(same[0], row)
+    setting, reason = beside(figure, row)
+    if setting is None:
+        return Verdict("not comparable", reason)
+    value = _value(setting, row)
     if value is None:
         what = f"{row.label} at {row.budget}" if row.budget else row.label
         return Verdict("not comparable", f"the paper has no {row.task} for {what}")
@@ -73,6 +72,37 @@ def judge(figure: str, row: Row) -> Verdict:
         return Verdict("differs", said, value)
     near = abs(distance) <= TOLERANCE.get(row.metric, 0.0)
     return Verdict("reproduced" if near else "within interval", said, value)
+
+
+def beside(figure: str, row: Row) -> tuple[dict[str, Any] | None, str]:
+    """The paper's setting that a row may be compared with, or None and why there is none."""
+    reasons = []
+    for setting in reference()[figure]:
+        reason = _why_not(row, setting)
+        if not reason:
+            return setting, ""
+        reasons.append(reason)
+    return None, sorted(reasons)[0]
+
+
+def bracket(
+    figure: str, row: Row, above: int, upto: float, resolved: bool, delta: float
+) -> Verdict:
+    """The verdict of a budget known to lie in (above, upto]; `resolved`: at no other of ours.
+
+    `row` says what was measured; the paper's value is its task's and method's.
+    """
+    setting, reason = beside(figure, row)
+    if setting is None:
+        return Verdict("not comparable", reason)
+    value = setting["values"].get(row.task, {}).get(row.method)
+    if value is None:
+        return Verdict("not comparable", f"the paper has no {row.task} for {row.label}")
+    ours = f"ours above {above}" + (f", from {upto:g} on" if math.isfinite(upto) else "")
+    said = f"{ours} (delta {delta:g}); the paper {value}, without a delta"
+    if not above < value <= upto:
+        return Verdict("differs", said, value)
+    return Verdict("reproduced" if resolved else "within interval", said, value)
 
 
 def overall(figure: str, rows: Sequence[Row]) -> Verdict:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from quest_dist import lossless
 from quest_dist.table import Row, from_csv, to_csv
 
 FILE = "launch.json"
@@ -87,6 +88,8 @@ def texts(launched: Launched) -> dict[str, str]:
     """The files that hold a launch, by their paths in its folder: launch.json and CSVs."""
     files = {"points.csv": to_csv(launched.rows)}
     files |= {_path(launched, part): to_csv(part.rows) for part in launched.parts}
+    if searched := [finding for part in launched.parts for finding in lossless.found(part.rows)]:
+        files["lossless.csv"] = lossless.to_csv(searched)
     facts = {
         "version": VERSION,
         "name": launched.name,
