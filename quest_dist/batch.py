@@ -5,8 +5,9 @@ goes
 
     append -> method.select -> ops.attend -> method.observe
 
-and counts what was really attended. Layers before a group's `dense_layers` attend to everything and
-the method does not see them. Prefill is dense, exact and causal for every method.
+and counts what was really attended. Layers in which a group is not active attend to everything and
+its method does not see them. Neighbouring rows that attend to everything, whatever their groups, do
+so in one call. Prefill is dense, exact and causal for every method.
 
 Invariant: a row's result depends on its own tokens and method only, never on the rows beside it.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from quest_dist import ops
-from quest_dist.methods.method import EVERYTHING, Method, View
+from quest_dist.methods.method import EVERYTHING, Method, Selection, View
 from quest_dist.pool import Geometry, Pool, Rows
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
@@ -28,11 +29,19 @@ Rotate = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Group:
-    """Rows of one method: an instance, a budget a row, and how many first layers stay dense."""
+    """Rows of one method: an instance, a budget a row, and the layers in which it is active.
+
+    The first `dense_layers` stay dense, and where `dense_from` is a layer, all from that one on.
+    """
 
     method: Method
     budgets: list[int]
     dense_layers: int
+    dense_from: int | None = None
+
+    def active(self, layer: int) -> bool:
+        """Whether the method selects in this layer."""
+        return self.dense_layers <= layer and (self.dense_from is None or layer < self.dense_from)
 
 
 @dataclass
@@ -40,8 +49,8 @@ class Measured:
     """What one row's decode steps attended to, summed over steps; means over layers and heads.
 
     `attended`: tokens per query head; `read`: tokens per kv head (the union over its group);
-    `planned_low`, `planned_high`: what the method promised. Layers that the row's `dense_layers`
-    exempts do not count.
+    `planned_low`, `planned_high`: what the method promised. Layers in which the row's group is not
+    active do not count.
     """
 
     steps: int = 0
@@ -118,8 +127,8 @@ class Batch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of the tokens just written: q [R, H, n, D] -> [R, n, H, D]. One token a row is
-        a decode step."""
-        if q.shape[2] == 1 and not any(self._unused_padding):
+        a decode step, unless there are no groups: a context of one token is prefilled too."""
+        if q.shape[2] == 1 and self.groups and not any(self._unused_padding):
             return self._decode(layer, q[:, :, 0], scale).unsqueeze(1)
         return self._prefill(layer, q, k, v, scale)
 
@@ -135,7 +144,7 @@ class Batch:
                 (group, first) for group, first, last in self._watching() if first <= row < last
             ]
             for group, first in watching:
-                if group.method.needs_prefill and layer >= group.dense_layers:
+                if group.method.needs_prefill and group.active(layer):
                     group.method.observe_prefill(layer, row - first, queries, keys, scale)
         return out
 
@@ -146,38 +155,64 @@ class Batch:
     def _decode(self, layer: int, q: Tensor, scale: float) -> Tensor:
         if self._decode_steps == 0 or layer == 0:
             self._start_step()
-        rows, pool = self.rows, self.pool
-        geometry = pool.geometry
         out = torch.empty_like(q)
+        everything: list[tuple[Group, int, int]] = []
         for group, (first, last) in zip(self.groups, self._spans, strict=True):
-            view = View(
-                layer=layer,
-                step=self._decode_steps,
-                kv=pool.kv[layer],
-                meta=pool.meta[layer],
-                page_table=rows.page_table[first:last],
-                lengths=rows.lengths[first:last],
-                lengths_list=self._step_lengths[first:last],
-                page_size=pool.page_size,
-                heads=geometry.heads,
-                kv_heads=geometry.kv_heads,
-                scale=scale,
-                rotate=self.rotate,
-                through=group.method.backend,
-            )
-            out[first:last] = self._attend_group(group, first, view, q[first:last])
+            if group.active(layer):
+                method = group.method
+                view = self._view(layer, first, last, scale, method.backend)
+                selection = method.select(view, q[first:last])
+                self.watch(first, view, q[first:last], selection)
+                if selection.index is not None or method.needs_probabilities:
+                    out[first:last] = self._attend_group(group, first, view, q, selection)
+                    continue
+            everything.append((group, first, last))
+        for run in _runs(everything):
+            first, last = run[0][1], run[-1][2]
+            view = self._view(layer, first, last, scale, run[0][0].method.backend)
+            result = view.attend(q[first:last], EVERYTHING, probabilities=False)
+            out[first:last] = result.out
+            for group, start, end in run:
+                if group.active(layer):
+                    mine = slice(start - first, end - first)
+                    self._counts.append((start, result.attended[mine], result.read[mine]))
         return out
 
-    def _attend_group(self, group: Group, first: int, view: View, q: Tensor) -> Tensor:
+    def _view(self, layer: int, first: int, last: int, scale: float, through: ops.Through) -> View:
+        rows, pool = self.rows, self.pool
+        return View(
+            layer=layer,
+            step=self._decode_steps,
+            kv=pool.kv[layer],
+            meta=pool.meta[layer],
+            page_table=rows.page_table[first:last],
+            lengths=rows.lengths[first:last],
+            lengths_list=self._step_lengths[first:last],
+            page_size=pool.page_size,
+            heads=pool.geometry.heads,
+            kv_heads=pool.geometry.kv_heads,
+            scale=scale,
+            rotate=self.rotate,
+            through=through,
+        )
+
+    def _attend_group(
+        self, group: Group, first: int, view: View, q: Tensor, selection: Selection
+    ) -> Tensor:
         method = group.method
-        if view.layer < group.dense_layers:
-            return view.attend(q, EVERYTHING, probabilities=False).out
-        selection = method.select(view, q)
-        result = view.attend(q, selection, probabilities=method.needs_probabilities)
+        result = view.attend(
+            q[first : first + len(group.budgets)],
+            selection,
+            probabilities=method.needs_probabilities,
+        )
         if result.probabilities is not None:
             method.observe(view, selection, result.probabilities)
         self._counts.append((first, result.attended, result.read))
         return result.out
+
+    def watch(self, first: int, view: View, q: Tensor, selection: Selection) -> None:
+        """See what the rows of a group, from row `first` on, are about to attend to. Nothing is
+        done with it here."""
 
     def _start_step(self) -> None:
         before = [length - 1 for length in self.rows.lengths_list]
@@ -201,16 +236,17 @@ class Batch:
     def count(self) -> None:
         """Add what the last step attended to `measured`. Call once a step, after the forward
         pass."""
-        totals: dict[int, list[Tensor]] = {}
-        for first, attended, read in self._counts:
-            means = torch.stack([attended.double().mean(1), read.double().mean(1)])
-            totals.setdefault(first, []).append(means)
+        totals: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for first, *counted in self._counts:
+            totals.setdefault(first, []).append((counted[0], counted[1]))
         self._counts.clear()
         for first, layers in totals.items():
-            mean = torch.stack(layers).mean(0).tolist()
-            for offset, (attended, read) in enumerate(zip(*mean, strict=True)):
-                self.measured[first + offset].attended += attended
-                self.measured[first + offset].read += read
+            for place, name in enumerate(("attended", "read")):
+                counts = torch.stack([layer[place] for layer in layers])
+                means = (counts.sum((0, 2)).double() / (len(layers) * counts.shape[2])).tolist()
+                for row, mean in enumerate(means, first):
+                    measured = self.measured[row]
+                    setattr(measured, name, getattr(measured, name) + mean)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named (ascending); the others have finished."""
@@ -228,6 +264,19 @@ class Batch:
         self.measured = [self.measured[row] for row in rows]
         self._unused_padding = [0] * len(self.rows)
         self._spans = self._span_groups()
+
+
+def _runs(spans: Sequence[tuple[Group, int, int]]) -> list[list[tuple[Group, int, int]]]:
+    """Spans of rows, cut where rows between them are missing or the backend changes."""
+    runs: list[list[tuple[Group, int, int]]] = []
+    for span in spans:
+        if runs:
+            group, _, last = runs[-1][-1]
+            if last == span[1] and group.method.backend == span[0].method.backend:
+                runs[-1].append(span)
+                continue
+        runs.append([span])
+    return runs
 
 
 def new_batch(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from quest_dist.report.verdicts import Line
 from quest_dist.table import Panel, Row, pivot
 
 
@@ -50,6 +51,16 @@ def failures(rows: Iterable[Row], out: Console) -> None:
     if failed:
         parts = (f"{', '.join(points)}: {error}" for error, points in failed.items())
         out.print(f"failed: {'; '.join(parts)}", style="red", markup=False, soft_wrap=True)
+
+
+def verdicts(lines: Iterable[Line], out: Console) -> None:
+    """Print how each figure stands to the paper."""
+    listing = Table("figure", "verdict", "reason", "n", title="against the paper")
+    listing.title_justify = "left"
+    for line in lines:
+        listing.add_row(*map(escape, (line.figure, line.verdict, line.reason, line.n)))
+    out.print()
+    out.print(listing)
 
 
 def paths(files: Iterable[Path], look: Iterable[str], out: Console) -> None:

@@ -10,7 +10,7 @@ samples are something else says what they cost (`Task.cost`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ GPU_BYTES = 1.5e12
 GPU_ROW_LAYER = 1e-5
 PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers loaded
 ACTIVATION_BYTES = 128  # a token and hidden unit of a prefill, at its peak
+MOST_ROWS = 256  # of one batch (quest_dist.sparsity cuts its rows to as many)
 DEFAULT_CONTEXT = 4096
 TAIL_TOKENS = 40
 NEW_TOKENS = 32
@@ -60,6 +61,14 @@ def extent(point: Point) -> Extent:
     return Extent(min(int(length), limit), TAIL_TOKENS + int(new))
 
 
+def batch_rows(points: Sequence[Point]) -> int:
+    """Return the rows that points take: one each, or one a layer where a task measures layers."""
+    task = points[0].task.settings
+    if "layers" not in task:
+        return len(points)
+    return len(points) * len(task["layers"] or range(int(shape(points[0])["layers"])))
+
+
 def shape(point: Point) -> dict[str, Any]:
     """Return the planning facts of a point's model."""
     return {**DEFAULT_SHAPE, **(point.model.settings.get("shape") or {})}
@@ -87,9 +96,12 @@ def sample_seconds(
     layers, parameters = int(facts["layers"]), int(facts["parameters"])
     mixed = 2 * layers * int(facts["heads"]) * int(facts["head_dim"])
     prefill = (2 * parameters * size.context + mixed * size.context**2) / flops
+    rows = batch_rows(points)
     read = sum(min(p.budget or size.context, size.context) for p in points)
+    if rows > len(points):  # one layer is sparse, the others read everything
+        read = rows * size.context
     step = (2 * parameters + read * token_bytes(first)) / rate
-    step += 2 * parameters * len(points) / flops + row_layer * layers * len(points)
+    step += 2 * parameters * rows / flops + row_layer * layers * rows
     return prefill + step * size.steps
 
 
@@ -129,6 +141,7 @@ def worker_bytes(points: tuple[Point, ...]) -> int:
         return PROCESS_BYTES + int(said.bytes)
     size = extent(first)
     weight = 4 if first.model.settings.get("dtype") == "float32" else 2
-    cache = token_bytes(first) * (size.context + len(points) * (size.steps + first.page_size))
+    rows = min(batch_rows(points), MOST_ROWS)
+    cache = token_bytes(first) * (size.context + rows * (size.steps + first.page_size))
     activations = ACTIVATION_BYTES * size.context * int(facts["hidden"])
     return PROCESS_BYTES + weight * int(facts["parameters"]) + cache + activations

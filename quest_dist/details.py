@@ -1,6 +1,7 @@
 """Details: what a point measured beside its score, summed over its samples into one JSON text.
 
     curve    [[x, value, low, high, n], ...]  a point's own curve, by x
+    versus_full  the same                     its differences from full on the same samples
     facts    {name: mean}                     numbers beside the score, such as the parts of a time
     spans    {name: [low, high]}              of a time's facts, which are then medians: their 95 %
                                               intervals over samples
@@ -32,10 +33,16 @@ class Dot(NamedTuple):
     n: int
 
 
-def summed(records: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """The details of a point's finished records; `metric` says how samples are summed up."""
+def summed(
+    records: Sequence[Mapping[str, Any]],
+    metric: str,
+    full: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The details of a point's finished records; `metric` says how samples are summed up, `full`
+    are the finished records of full attention that it is compared with, if there are any."""
     facts, spans = _facts(records, metric)
     parts: dict[str, Any] = {
+        "versus_full": [_plain(dot) for dot in _versus(records, full, metric)],
         "curve": [_plain(dot) for dot in _curve(records, metric)],
         "facts": facts,
         "spans": spans,
@@ -50,11 +57,11 @@ def read(text: str) -> dict[str, Any]:
     return dict(json.loads(text or "{}"))
 
 
-def dots(text: str) -> tuple[Dot, ...]:
-    """The curve of a row's details, by x."""
+def dots(text: str, part: str = "curve") -> tuple[Dot, ...]:
+    """The curve of a row's details, or its differences from full (`versus_full`), by x."""
     known = [
         [math.nan if number is None else number for number in dot]
-        for dot in read(text).get("curve", ())
+        for dot in read(text).get(part, ())
     ]
     return tuple(Dot._make(dot) for dot in known)
 
@@ -87,6 +94,24 @@ def _curve(records: Sequence[Mapping[str, Any]], metric: str) -> list[Dot]:
     found = []
     for x in sorted(by_x):
         value, low, high, n = vars(stats.summary(by_x[x], metric)).values()
+        found.append(Dot(x, value, low, high, n))
+    return found
+
+
+def _versus(
+    records: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]], metric: str
+) -> list[Dot]:
+    """By x, the point's curve minus full's over the samples that have both."""
+    base = {(r["sample"], float(x)): float(y) for r in full for x, y in _part(r, "curve") or ()}
+    pairs: dict[float, list[tuple[float, float]]] = {}
+    for record in records if base else ():
+        for x, y in _part(record, "curve") or ():
+            if (record["sample"], float(x)) in base:
+                pairs.setdefault(float(x), []).append((float(y), base[record["sample"], float(x)]))
+    found = []
+    for x in sorted(pairs):
+        ours, fulls = zip(*pairs[x], strict=True)
+        value, low, high, n = vars(stats.paired(ours, fulls, metric)).values()
         found.append(Dot(x, value, low, high, n))
     return found
 

@@ -45,9 +45,25 @@ class Evaluated:
     seconds: float
     prefill_seconds: float
 
+    @classmethod
+    def of(
+        cls, outcome: Outcome, counted: Measured, seconds: float, prefill_seconds: float
+    ) -> Evaluated:
+        """An outcome with what its row has attended to."""
+        steps = max(counted.steps, 1)
+        return cls(
+            outcome=outcome,
+            attended=counted.attended / steps,
+            read=counted.read / steps,
+            planned_low=counted.planned_low / steps,
+            planned_high=counted.planned_high / steps,
+            seconds=seconds,
+            prefill_seconds=prefill_seconds,
+        )
+
 
 @dataclass
-class _Row:
+class Decoded:
     """A row on its way: which point it is and what it has produced."""
 
     point: int
@@ -80,28 +96,20 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     groups, order = groups_of(points)
     page_size = points[0].page_size
     with patch(loaded.model, lambda rows: groups, page_size) as patched:
-        started = _now(loaded.device)
+        started = now(loaded.device)
         prefix = prefill(loaded, patched, sample, groups, len(order))
-        prefilled = _now(loaded.device)
-        rows, measured = _decode(loaded, sample, prefix.fork(groups), order)
-        finished = _now(loaded.device)
+        prefilled = now(loaded.device)
+        rows, measured = decode(loaded, sample, prefix.fork(groups), order)
+        finished = now(loaded.device)
     share = (finished - prefilled) / len(order)
     results: dict[int, Evaluated] = {}
     for row, counted in zip(rows, measured, strict=True):
-        steps = max(counted.steps, 1)
-        results[row.point] = Evaluated(
-            outcome=Outcome(
-                text=loaded.language.decode(row.token_ids),
-                token_ids=tuple(row.token_ids),
-                nll=tuple(row.nll),
-            ),
-            attended=counted.attended / steps,
-            read=counted.read / steps,
-            planned_low=counted.planned_low / steps,
-            planned_high=counted.planned_high / steps,
-            seconds=share,
-            prefill_seconds=prefilled - started,
+        outcome = Outcome(
+            text=loaded.language.decode(row.token_ids),
+            token_ids=tuple(row.token_ids),
+            nll=tuple(row.nll),
         )
+        results[row.point] = Evaluated.of(outcome, counted, share, prefilled - started)
     return [results[number] for number in range(len(points))]
 
 
@@ -119,7 +127,7 @@ def check_sample(sample: Sample, max_length: int) -> None:
         )
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """The clock once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -143,11 +151,11 @@ def prefill(
         observers=groups,
         device=loaded.device,
     )
-    _forward(loaded, PagedCache(prefix), [sample.context], 0)
+    forward(loaded, PagedCache(prefix), [sample.context], 0)
     return prefix
 
 
-def _forward(
+def forward(
     loaded: LoadedModel, cache: PagedCache, tokens: Sequence[Sequence[int]], position: int
 ) -> Tensor:
     """Logits of the last token of each row, fp32 [R, vocabulary]."""
@@ -163,26 +171,26 @@ def _forward(
     return logits.float()
 
 
-def _decode(
+def decode(
     loaded: LoadedModel, sample: Sample, batch: Batch, order: Sequence[int]
-) -> tuple[list[_Row], list[Measured]]:
-    """Feed the tail to all rows, then generate; the rows in batch order with what was measured."""
+) -> tuple[list[Decoded], list[Measured]]:
+    """Feed the tail to all rows, then generate; the rows in batch order with what was measured.
+
+    `order` names the point of each row.
+    """
     cache = PagedCache(batch)
-    rows = [_Row(point, [], []) for point in order]
+    rows = [Decoded(point, [], []) for point in order]
     measured = list(batch.measured)
     position = len(sample.context)
     logits = torch.empty(0)
     for number, token in enumerate(sample.tail):
-        logits = _forward(loaded, cache, [[token]] * len(rows), position)
+        logits = forward(loaded, cache, [[token]] * len(rows), position)
         position += 1
         if sample.score_tail and number + 1 < len(sample.tail):
             target = torch.full((len(rows),), sample.tail[number + 1], device=logits.device)
-            for row, nll in zip(
-                rows,
-                torch.nn.functional.cross_entropy(logits, target, reduction="none"),
-                strict=True,
-            ):
-                row.nll.append(float(nll))
+            nlls = torch.nn.functional.cross_entropy(logits, target, reduction="none").tolist()
+            for row, nll in zip(rows, nlls, strict=True):
+                row.nll.append(nll)
     alive = list(rows)
     for step in range(sample.max_new_tokens):
         tokens = logits.argmax(-1).tolist()
@@ -196,6 +204,6 @@ def _decode(
         if len(going) < len(alive):
             batch.keep(going)
             alive = [alive[place] for place in going]
-        logits = _forward(loaded, cache, [[tokens[place]] for place in going], position)
+        logits = forward(loaded, cache, [[tokens[place]] for place in going], position)
         position += 1
     return rows, measured

@@ -7,14 +7,13 @@ driver is the only writer; a lock on the output directory keeps a second one out
 from __future__ import annotations
 
 import contextlib
-import time
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quest_dist import closing, estimate, figures, overview, schedule, stats, table
+from quest_dist import closing, estimate, overview, schedule, stats, table
 from quest_dist.cluster import device_of
 from quest_dist.follow import Follower
 from quest_dist.ledger import Ledger, lock
@@ -23,6 +22,10 @@ from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
 from quest_dist.progress import Progress
 from quest_dist.provenance import Provenance
+from quest_dist.report import definitions, verdicts
+from quest_dist.report import files as results
+from quest_dist.report.launched import Launched, Part
+from quest_dist.report.launched import texts as launched_texts
 from quest_dist.work import Work, nothing_done
 from quest_dist.worker import failed
 
@@ -170,17 +173,20 @@ def _close(
     out: Console,
 ) -> int:
     rows = _rows(sweep, ledger)
-    by_part = [table.rows(part.points, ledger, part.counts) for part in sweep.parts]
-    files = _files(sweep, rows, by_part, provenance)
+    launched = _launched(sweep, ledger, provenance)
+    files = results.write(launched, sweep.directory)
     advice: list[str] = []
-    for part, own in zip(sweep.parts, by_part, strict=True):
-        everything = [*own, *overview.average(own)]
-        if len(by_part) > 1:
+    for part in launched.parts:
+        everything = [*part.rows, *overview.average(part.rows)]
+        if len(launched.parts) > 1:
             closing.heading(part.name, part.about, out)
         closing.results(everything, out)
         found = stats.recommendation(everything)
         out.print("\n".join(["", *overview.resolved(found)]), markup=False, soft_wrap=True)
         advice += found
+    lines = verdicts.lines(launched)
+    if verdicts.of_the_paper(lines):
+        closing.verdicts(lines, out)
     look: list[str] = []
     if tracker is not None and tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice)):
         look = [tracker.command(), tracker.url()]
@@ -191,32 +197,36 @@ def _close(
     return FINISHED if ledger.complete(sweep.points, sweep.counts) else INCOMPLETE
 
 
-def _files(
-    sweep: Sweep,
-    rows: Sequence[table.Row],
-    by_part: Sequence[Sequence[table.Row]],
-    provenance: Provenance,
-) -> list[Path]:
-    """Write the table and draw the figures of each part from its own rows; a date in a picture is
-    that of the newest record."""
-    from quest_dist.figures.caption import Caption
-
-    sweep.directory.mkdir(parents=True, exist_ok=True)
-    listing = sweep.directory / "points.csv"
-    listing.write_text(table.to_csv(rows), encoding="utf-8")
-    newest = max((r.finished_at for r in rows if r.n), default=time.time())
-    caption = Caption(
-        hardware=provenance.hardware,
-        commit=provenance.source.get("commit", "")[:12],
-        date=time.strftime("%Y-%m-%d", time.gmtime(newest)),
-        command=provenance.command,
+def _launched(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Launched:
+    """What is reported: each part with its figures and its own rows."""
+    parts = tuple(
+        Part(
+            part.name,
+            part.figures,
+            tuple(table.rows(part.points, ledger, part.counts)),
+            provenance.command if len(sweep.parts) == 1 else _command(part.name, provenance),
+            part.about,
+        )
+        for part in sweep.parts
     )
-    drawn = [
-        figures.draw(name, own, sweep.directory, caption)
-        for part, own in zip(sweep.parts, by_part, strict=True)
-        for name in part.figures
-    ]
-    return [listing, *(path for paths in drawn for path in paths)]
+    specs = {point.method.name: point.method for point in sweep.points}
+    return Launched(
+        name=sweep.name,
+        parts=parts,
+        about=sweep.about,
+        command=provenance.command,
+        hardware=provenance.hardware,
+        source=provenance.source,
+        environment=provenance.environment,
+        methods=definitions.methods(specs.values()),
+    )
+
+
+def _command(part: str, provenance: Provenance) -> str:
+    """The launch's command for one of its parts alone."""
+    own = ("sweep=", "name=", "about=", "parts=")
+    given = [a for a in provenance.overrides if not a.lstrip("+").startswith(own)]
+    return shlex.join(["python", "-m", "quest_dist.sweep", f"+sweep={part}", *given])
 
 
 def _rows(sweep: Sweep, ledger: Ledger) -> list[table.Row]:
@@ -234,4 +244,10 @@ def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:
         source=provenance.source,
         device=device_of(sweep.cluster),
     )
-    return tracker.Tracker(sweep.tracking, sweep.output_dir, known, ledger)
+    return tracker.Tracker(
+        sweep.tracking,
+        sweep.output_dir,
+        known,
+        ledger,
+        lambda rows: launched_texts(_launched(sweep, ledger, provenance)),
+    )

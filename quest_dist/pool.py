@@ -239,3 +239,22 @@ class Rows:
         self._pages = [self._pages[row] for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
         self._refresh()
+
+
+class Mirror(Rows):
+    """Rows that are all the first row of others, for reading alone: they hold no pages.
+
+    `follow` shows them what that row is now; nothing may be written through them.
+    """
+
+    def __init__(self, rows: Rows, count: int) -> None:
+        super().__init__(rows.pool, count)
+        self._shown = rows
+        self.follow()
+
+    def follow(self) -> None:
+        """Take over the pages and the length of the row shown."""
+        count = len(self)
+        self._lengths = self._shown.lengths_list[:1] * count
+        self.lengths = self._shown.lengths[:1].repeat(count)
+        self.page_table = self._shown.page_table[:1].repeat(count, 1)

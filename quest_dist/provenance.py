@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import re
@@ -11,27 +12,34 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 from quest_dist.cluster import available_cpus
 
+OS_RELEASE = "/etc/os-release"
+#: Packages whose version can change what is computed, stored or drawn.
+PACKAGES = ("torch", "transformers", "ray", "mlflow", "numpy", "matplotlib")
+
 
 @dataclass(frozen=True)
 class Provenance:
-    """The command, the composed configuration (YAML, unresolved), git facts and the hardware that
-    computes."""
+    """The command, the composed configuration (YAML, unresolved), git facts, and the hardware and
+    software that compute."""
 
     command: str = ""
     config: str = ""
     overrides: tuple[str, ...] = ()
     source: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def here(cls, arguments: Sequence[str], config: str, device: str = "cpu") -> Provenance:
         """Return what is true of this process and machine, whose workers compute on `device`."""
         command = shlex.join(["python", "-m", "quest_dist.sweep", *arguments])
-        return cls(command, config, tuple(arguments), git(), hardware(device))
+        known = git(), hardware(device), environment(device)
+        return cls(command, config, tuple(arguments), *known)
 
     def save(self, directory: Path) -> None:
         """Keep config.yaml and overrides.yaml in a folder named by the time, as Hydra would."""
@@ -75,6 +83,26 @@ def hardware(device: str = "cpu") -> str:
     models = [m[1].strip() for p in names if (m := re.search(r"Model:\s*(.+)", _read(str(p))))]
     gpus = f"{len(models)} x {models[0]}" if models else "cuda"
     return f"{cpu}, {available_cpus()} cores, {gpus}"
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Return the versions of what computes here: system, Python, packages, and our kernels'
+    instruction set, or how they were left out."""
+    system = platform.platform()
+    if sys.platform == "linux" and (name := re.search(r'PRETTY_NAME="(.+)"', _read(OS_RELEASE))):
+        system = f"{name[1]}, Linux {platform.release()}, {platform.machine()}"
+    found = {"system": system, "Python": platform.python_version()}
+    for package in ("quest_dist", *PACKAGES):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    try:
+        found["kernels"] = str(importlib.import_module("quest_dist._cpu").isa())
+    except ImportError as error:
+        found["kernels"] = f"not usable: {error}"
+    found["device"] = device
+    return found
 
 
 def _git(root: Path, *arguments: str) -> str:

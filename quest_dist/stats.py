@@ -40,12 +40,13 @@ SEED = 0
 FEWEST_FOR_BOOTSTRAP = 8
 FEWEST_DIFFERENT = 5
 # Metrics whose samples lie in 0..100.
-POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall"})
+POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall", "attention", "string_match_all"})
 TIMES = frozenset({"attention_us", "step_ms"})
 FEWEST_FOR_CLAIM = 5  # pairs below which nothing is called lossless, whatever their spread
+DELTA = 2.0  # what is called lossless: points of a score, percent of a perplexity
 LOWER_IS_BETTER = frozenset({"perplexity", "nll_increase", *TIMES})
 #: Metrics in which a method can be called lossless: faster or slower is another question.
-ACCURACIES = frozenset({*POINTS, "perplexity"}) - {"recall"}
+ACCURACIES = frozenset({*POINTS, "perplexity"}) - {"recall", "attention"}
 
 _Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
@@ -168,37 +169,61 @@ def smallest_lossless_budget(rows: Iterable[Row], delta: float) -> int | None:
     return found
 
 
-def recommendation(rows: Iterable[Row], delta: float = 2.0) -> list[str]:
-    """One line a curve: from which budget on it is lossless, or why that cannot be said."""
+@dataclass(frozen=True)
+class Advice:
+    """What is known of one curve: `budget` from which on it is lossless, or None with `known`:
+    whether it surely loses at every budget measured. `text` says it in a line; `first` is a row."""
+
+    first: Row
+    budget: int | None
+    known: bool
+    text: str
+
+
+def advice(rows: Iterable[Row], delta: float = DELTA) -> list[Advice]:
+    """From which budget on each curve is lossless, or why that cannot be said, in their order."""
     curves: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.budget is not None and row.n and row.metric in ACCURACIES | {"points"}:
             curves.setdefault(row.curve, []).append(row)
     several_models = len({key[0] for key in curves}) > 1
-    lines = []
+    found = []
     for curve in curves.values():
         first = curve[0]
         name = f"{first.task}: {first.label}" + (f" on {first.model}" if several_models else "")
         unit = " %" if first.metric in LOWER_IS_BETTER else ""
-        lines.append(f"{name} {_verdict(curve, delta, unit)}")
-    return lines
+        budget = smallest_lossless_budget(curve, delta)
+        known = budget is not None or _loses(curve, delta)
+        said = _verdict(curve, delta, unit, budget)
+        found.append(Advice(first, budget, known, f"{name} {said}"))
+    return found
 
 
-def _verdict(curve: Sequence[Row], delta: float, unit: str) -> str:
+def recommendation(rows: Iterable[Row], delta: float = DELTA) -> list[str]:
+    """The lines of `advice`."""
+    return [found.text for found in advice(rows, delta)]
+
+
+def _verdict(curve: Sequence[Row], delta: float, unit: str, budget: int | None) -> str:
     counted = sorted({row.pairs for row in curve})
     n = f"n={counted[0]}" if len(counted) == 1 else f"n={counted[0]}..{counted[-1]}"
     if not counted[-1]:
         return "cannot be compared: full has no result on the same samples"
-    budget = smallest_lossless_budget(curve, delta)
     if budget is not None:
         return f"lossless from {budget} (delta {delta:g}{unit}, {n})"
     best = min((row for row in curve if row.pairs), key=lambda row: (loss(row)[1], row.budget))
     if math.isnan(best.delta_low):
         return f"not resolved with {n}"
-    if all(loss(row)[0] >= delta for row in curve if row.pairs):
+    if _loses(curve, delta):
         return f"loses more than {delta:g}{unit} at every budget measured ({n})"
     seen = f"{best.delta:+.1f} [{best.delta_low:+.1f}, {best.delta_high:+.1f}] at {best.budget}"
     return f"not resolved with {n} (delta {delta:g}{unit}; nearest to full: {seen})"
+
+
+def _loses(curve: Sequence[Row], delta: float) -> bool:
+    """Whether even the best case of every compared row loses `delta` or more."""
+    compared = [row for row in curve if row.pairs]
+    return bool(compared) and all(loss(row)[0] >= delta for row in compared)
 
 
 def _interval(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -76,6 +76,11 @@ class Row:
         """The point's own curve (perplexity by position, loss by layer, ...); mostly empty."""
         return details.dots(self.details)
 
+    @property
+    def versus_full(self) -> tuple[Dot, ...]:
+        """That curve minus full's, paired over the samples both have; empty for full itself."""
+        return details.dots(self.details, "versus_full")
+
     def fact(self, name: str) -> float:
         """The mean of what was measured beside the score; NaN where it was not."""
         return details.fact(self.details, name)
@@ -134,7 +139,8 @@ def _row(
     found = [r for r in records if r["error"] is None]
     failures = [r for r in records if r["error"] is not None]
     scores = {r["sample"]: float(r["score"]) for r in found}
-    reference = {r["sample"]: float(r["score"]) for r in full if r["error"] is None}
+    full = [r for r in full if r["error"] is None]
+    reference = {r["sample"]: float(r["score"]) for r in full}
     shared = sorted(scores.keys() & reference.keys())
     score = stats.summary(list(scores.values()), metric)
     delta = stats.paired([scores[s] for s in shared], [reference[s] for s in shared], metric)
@@ -178,7 +184,7 @@ def _row(
         error=last_line(str(failures[0]["error"])) if failures else "",
         model_label=point.model.label,
         task_label=point.task.label,
-        details=details.summed(found, metric),
+        details=details.summed(found, metric, full if point.method.name != "full" else ()),
     )
 
 

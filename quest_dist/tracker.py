@@ -44,10 +44,21 @@ class Ledger(Protocol):
 
 
 class Tracker:
-    """A sweep's place in MLflow. `settings`: uri and experiment, either may be None."""
+    """A sweep's place in MLflow. `settings`: uri and experiment, either may be None.
+
+    `texts` gives, of the rows, the artifacts of the sweep's run that everything can be drawn from
+    again; they follow the points, so that a sweep that is killed leaves what it had.
+    """
 
     def __init__(
-        self, settings: Mapping[str, Any], output_dir: Path, sweep: Sweep, ledger: Ledger
+        self,
+        settings: Mapping[str, Any],
+        output_dir: Path,
+        sweep: Sweep,
+        ledger: Ledger,
+        texts: Callable[[Sequence[Row]], Mapping[str, str]] = lambda rows: {
+            "points.csv": to_csv(rows)
+        },
     ) -> None:
         self.sweep, self.ledger = sweep, ledger
         self.output_dir = output_dir.resolve()
@@ -58,7 +69,9 @@ class Tracker:
         self.experiment = str(named or f"quest_dist/{sweep.name}")
         self.user = sweep.user or _user()
         self._store: Store | None = None
+        self._texts = texts
         self._shown: dict[str, str] = {}  # point key -> its row as last synced
+        self._logged: dict[str, str] = {}  # artifact -> its text as last synced
         self._failed_at: float | None = None
 
     def sync(self, rows: Sequence[Row]) -> bool:
@@ -110,7 +123,7 @@ class Tracker:
             artifacts = self.output_dir / "mlartifacts" / self.experiment if own else None
             self.output_dir.mkdir(parents=True, exist_ok=True)
             client = mlflow_store.connect(self.uri)
-            self._shown = {}
+            self._shown, self._logged = {}, {}
             self._store = Store(client, self.experiment, artifacts, self._tags())
         return self._store
 
@@ -129,7 +142,7 @@ class Tracker:
 
     def _sync(self, rows: Sequence[Row], closed: bool, note: str = "") -> None:
         store = self._open()
-        store.put(projection.sweep_run(rows, self.sweep, closed, note))
+        run_id = store.put(projection.sweep_run(rows, self.sweep, closed, note))
         for run in projection.curve_runs(rows):
             store.put_curve(run)
         shown = {"finished", "failed", "partial"} if closed else {"finished", "failed"}
@@ -139,15 +152,20 @@ class Tracker:
                 store.put(projection.point_run(row, identity, self.ledger.records(row.point)))
                 self._shown[row.point] = repr(row)
         store.gather()
+        for path, text in self._texts(rows).items():
+            if self._logged.get(path) != text:
+                store.client.log_text(run_id, text, path)
+                self._logged[path] = text
 
     def _finish(self, rows: Sequence[Row], files: list[Path], note: str) -> None:
         store = self._open()
         run_id = store.put(projection.sweep_run(rows, self.sweep, closed=False))
         drawn = {path.stem for path in files if path.suffix == ".png"}
+        texts = {Path(path).name for path in self._texts(rows)}
         for path in files:
-            folder = "figures" if path.stem in drawn else None
-            store.client.log_artifact(run_id, str(path), folder)
-        store.client.log_text(run_id, to_csv(rows), "points.csv")
+            if path.name not in texts:
+                folder = "figures" if path.stem in drawn else None
+                store.client.log_artifact(run_id, str(path), folder)
         if self.sweep.config:
             store.client.log_text(run_id, self.sweep.config, "config.yaml")
         pictures = [path for path in files if path.stem in drawn]

@@ -10,7 +10,7 @@ from typing import Any
 import no_gpu
 import pytest
 import torch
-from cache_harness import method_spec, record, tokens_of
+from cache_harness import method_spec
 from test_engine import TOKENS, point, sample
 from tiny_models import tiny, tiny_loaded
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import quest_dist
 from quest_dist import engine, latency, ops
-from quest_dist.attention import PagedCache, Patch, patch
+from quest_dist.attention import Patch, patch
 from quest_dist.batch import Group
 from quest_dist.latency import Decoder
 from quest_dist.methods.method import Method
@@ -85,53 +85,6 @@ def test_tokens_are_those_of_patched_generation(kind: str) -> None:
     # The prompt's prefill gives the first token; those after it are decoded.
     whole = sample(context=tuple(TOKENS[:66]), tail=(int(out[0, 66]),), max_new_tokens=7)
     assert list(latency.generate(loaded, whole, [point("quest", 16)])[0]) == out[0, 67:].tolist()
-
-
-@pytest.mark.parametrize(("name", "settings"), RULES)
-def test_page_sets_are_those_of_the_accuracy_path(
-    name: str, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    budgets = [0] * len(BUDGETS) if name == "full" else list(BUDGETS)
-    accuracy = group_of(name, budgets, **settings)
-    steps = record(accuracy.method)
-    loaded, rows = tiny_loaded(), len(budgets)
-    with torch.inference_mode(), patch(loaded.model, lambda _: [], 4) as patched:
-        batch = engine.prefill(loaded, patched, sample(), (), rows).fork([accuracy])
-        cache, fed = PagedCache(batch), torch.tensor([[TOKENS[60]]] * rows)
-        for position in range(60, 74):
-            at = torch.full((rows, 1), position)
-            out = loaded.model(input_ids=fed, position_ids=at, past_key_values=cache)
-            fed = out.logits[:, -1].argmax(-1, keepdim=True)
-    seen: list[tuple[list[list[int]], Tensor]] = []
-    real = ops.decode
-
-    def watched(q: Tensor, kv: Tensor, meta: Tensor, table: Tensor, lengths: Tensor, *keep: Any,
-                **rest: Any) -> ops.Attended:  # fmt: skip
-        result = real(q, kv, meta, table, lengths, *keep, **rest)
-        shown = {key: rest[key] for key in ("radius_scale", "reduce")}
-        pages = (lengths - 1) // kv.shape[3] + 1
-        asked = torch.full_like(lengths, -1) if keep[0] is None else keep[0]
-        scores = ops.page_scores(q, kv, meta, table, lengths, **shown)
-        seen.append((*ops.select_top(scores, pages, asked, force_last=True), result.lse))
-        return result
-
-    monkeypatch.setattr(ops, "decode", watched)
-    with decoding(group_of(name, budgets, **settings), TOKENS[:61], 14) as decoder:
-        for _ in range(14):
-            decoder.step()
-        assert decoder.tokens.tolist() == fed.tolist()
-    ruled = [found for number, found in enumerate(seen) if number % 4]  # layer 0 is dense
-    assert len(ruled) == len(steps) == 14 * 3
-    for step, (index, count, lse) in zip(steps, ruled, strict=True):
-        assert torch.equal(step.attended.lse, lse)
-        for row in range(rows):
-            for head in range(4):
-                of = head * index.shape[1] // 4
-                n = int(count[row, of])
-                length = step.view.lengths_list[row]
-                listed = range(-(-length // 4)) if n < 0 else index[row, of, :n].tolist()
-                tokens = [t for page in listed for t in range(4 * page, min(length, 4 * page + 4))]
-                assert tokens == tokens_of(step, row, head)
 
 
 def test_pages_to_keep_are_the_same_there_as_here() -> None:

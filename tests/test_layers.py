@@ -15,12 +15,13 @@ MOST_LINES = 400
 #: A library -> the modules that may import it, by the start of their path in the package.
 DOORS = {
     "ray": ("schedule_ray",),
-    "mlflow": ("tracker", "mlflow_store"),
+    "mlflow": ("mlflow_store", "mlflow_read"),
     "transformers": ("models", "bundled", "attention"),
     "matplotlib": ("figures/",),
     "hydra": ("sweep", "compose", "mistakes"),
     "omegaconf": ("sweep", "compose", "mistakes"),
     "sqlite3": ("ledger",),
+    "jinja2": ("report/",),
     "flashinfer": ("on_flashinfer",),
     "rich": ("progress", "closing", "estimate", "launch", "bench/"),
 }
@@ -31,16 +32,27 @@ LAYERS = (
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
     ("tasks/", "ledger", "cost", "stats", "machine_state", "shapes", "places"),
     ("pool", "batch", "methods/", "bundled", "details", "timing", "graphs"),
-    ("table",),
+    ("table", "ordering"),
     ("attention", "models", "overview", "projection", "attention_sides"),
-    ("engine", "latency", "figures/", "mlflow_store", "tracker", "provenance"),
+    (
+        "engine",
+        "latency",
+        "recall",
+        "sparsity",
+        "attention_map",
+        "figures/",
+        "mlflow_store",
+        "mlflow_read",
+        "tracker",
+        "provenance",
+    ),
     ("decoders", "kernel_times", "step_times"),
-    ("worker", "prepare"),
+    ("worker", "prepare", "report/"),
     ("parts",),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),
     ("estimate",),
     ("launch", "compose", "mistakes"),
-    ("sweep", "bench/"),
+    ("sweep", "figures/__main__", "bench/"),
 )
 
 
@@ -66,6 +78,9 @@ def imports(path: Path, *, types: bool = False) -> Iterator[str]:
 
 
 def layer(name: str) -> int | None:
+    named = [number for number, members in enumerate(LAYERS) if name in members]
+    if named:
+        return named[0]
     for number, members in enumerate(LAYERS):
         for member in members:
             if name == member or (member.endswith("/") and f"{name}/".startswith(member)):

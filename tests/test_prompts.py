@@ -264,3 +264,14 @@ def test_every_protocol_has_a_golden_prompt():
     marked = test_golden_tokens_of_a_qasper_prompt.pytestmark[0].args[1]
     names = {path.stem for path in (find("conf") / "protocol").glob("*.yaml")}
     assert {case[0] for case in marked} == names
+
+
+def test_the_beginning_of_the_answer_stands_behind_the_chat_format_and_is_never_cut():
+    language = tiny_language(max_length=60, head="<s>user: ", foot="</s><s>assistant:")
+    body = "Nobody said a word. " * 40
+    cut = language.cut(body, Protocol(), question=len(body), begun=" The word is", reserve=10)
+    assert cut.truncated
+    assert language.decode(cut.context + cut.tail).endswith("assistant: The word is")
+    assert len(cut.context) + len(cut.tail) + 10 <= 60
+    plain = language.length(body, chat=False)
+    assert language.length(body, chat=False, begun=" is") > plain

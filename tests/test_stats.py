@@ -45,7 +45,7 @@ def test_a_paired_difference_is_antisymmetric_in_value(pairs: list[tuple[float, 
     assert -100 <= there.low <= there.value <= there.high <= 100
 
 
-@pytest.mark.parametrize("metric", ["f1", "accuracy", "perplexity", "score"])
+@pytest.mark.parametrize("metric", ["f1", "accuracy", "string_match_all", "perplexity", "score"])
 def test_one_sample_has_no_interval(metric: str) -> None:
     for got in (stats.summary([1.0], metric), stats.paired([1.0], [1.0], metric)):
         assert got.n == 1

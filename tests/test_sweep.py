@@ -23,7 +23,18 @@ from quest_dist.prepare import prepare
 
 SWEEPS = compose.sweep_files()
 TIMES = {"kernels": 36, "breakdown": 12, "textgen": 15}
-POINTS = {"longbench_budgets": 156, "passkey": 72, "pg19": 21, "smoke": 10, **TIMES}
+POINTS = {
+    "attention_map": 1,
+    "longbench_budgets": 156,
+    "passkey": 72,
+    "perplexity_budgets": 21,
+    "pg19": 6,
+    "recall": 36,
+    "ruler": 84,
+    "smoke": 10,
+    "sparsity": 15,
+    **TIMES,
+}
 
 
 def grid_points(name: str, *overrides: str) -> tuple[Point, ...]:
@@ -152,7 +163,7 @@ def test_a_point_is_named_by_its_own_dense_layers_not_by_where_they_came_from() 
             r"task passkey: a sample takes 10009 tokens, more than model.smollm2.max_length=8192",
         ),
         (
-            ["+sweep=pg19", "task.pg19.prefill=9000"],
+            ["+sweep=perplexity_budgets", "task.pg19.prefill=9000"],
             r"task pg19: a sample takes 9065 tokens, more than model.smollm2.max_length=8192",
         ),
         (["+sweep=smoke", "data.tokens=9000"], r"task qasper: a sample takes 90\d\d tokens, more"),

@@ -39,17 +39,33 @@ def test_tasks(path, tmp_path):
     timed = task.metric in stats.TIMES
     assert task.count() == (6 if timed else 10)
     assert task.exclusive is timed
-    assert task.metric in stats.POINTS | stats.TIMES | {"perplexity"}
+    assert task.metric in {*stats.POINTS, *stats.LOWER_IS_BETTER}
     assert json.loads(json.dumps(task.identity())) == task.identity()
     with pytest.raises(ValueError, match="sampels"):
         Spec(name, {**settings, "sampels": 3}).build(data=Generated(), seed=0, protocol={})
 
 
 def test_there_is_a_file_for_every_task_of_the_paper():
-    found = {path.stem for path in files("task")}
+    ruler = {"niah_single", "niah_multikey", "niah_multivalue", "variable_tracking", "common_words"}
+    paper = {*FORMS, "passkey", "passkey_long", "pg19", "recall", "attention_map", "sparsity"}
     times = {f"kernels_{size}" for size in ("512", *(f"{2**n}k" for n in range(7)))}
     times |= {f"textgen_{size}" for size in ("8k", "16k", "32k")}
-    assert found == {*FORMS, "passkey", "passkey_long", "pg19", *times}
+    assert {path.stem for path in files("task")} == paper | ruler | times
+
+
+def test_ruler_tasks_have_rulers_own_numbers():
+    numbers = {
+        "niah_single": {"keys": 1, "values": 1, "queries": 1, "max_new_tokens": 128},
+        "niah_multikey": {"keys": 4, "values": 1, "queries": 1, "max_new_tokens": 128},
+        "niah_multivalue": {"keys": 1, "values": 4, "queries": 1, "max_new_tokens": 128},
+        "variable_tracking": {"chains": 1, "hops": 4, "max_new_tokens": 30},
+        "common_words": {
+            **{"common": 10, "common_repeats": 30, "other_repeats": 3, "max_new_tokens": 120}
+        },
+    }
+    for name, expected in numbers.items():
+        [settings] = read(CONF / "task" / f"{name}.yaml").values()
+        assert settings.items() >= {**expected, "length": 4096, "chat": True}.items()
 
 
 def parameters(shape):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from quest_dist.tasks.metrics import best, f1, first_integer, normalise, rouge_l
+from quest_dist.tasks.metrics import best, f1, first_integer, normalise, rouge_l, string_match_all
 
 
 def test_normalise():
@@ -92,3 +92,18 @@ def test_first_integer(said, key, expected):
 def test_best_takes_the_best_answer_in_percent():
     assert best("f1", "cat sat", ("dog", "cat", "cat sat")) == 100.0
     assert best("f1", "x", ("dog",)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "expected"),
+    [
+        ("1234567 and 89", ("1234567", "89"), 100),
+        ("1234567", ("1234567", "89", "ab", "cd"), 25),
+        ("Ab, CD", ("aB", "cd"), 100),  # case does not count
+        ("x1234567x", ("1234567",), 100),  # anywhere in the text
+        ("123456", ("1234567",), 0),
+        ("", ("a",), 0),
+    ],
+)
+def test_string_match_all_is_the_share_of_the_answers_found(said, answers, expected):
+    assert string_match_all(said, answers) == expected

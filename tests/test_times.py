@@ -139,7 +139,7 @@ def test_the_key_of_a_time_is_the_shape_not_the_weights() -> None:
     moved = [
         p.key for p in prepare(compose.composed([*given, "model.tiny.repo=else/where"])).points
     ]
-    assert [p.key for p in moved] == keys
+    assert moved == keys
     wide = [p.key for p in prepare(compose.composed([*given, "model.tiny.shape.heads=8"])).points]
     assert not set(wide) & set(keys)
 

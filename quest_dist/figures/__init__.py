@@ -5,6 +5,7 @@ exactly what was plotted, with the verdict on each point. Partial tables draw wh
 what is missing. matplotlib is imported by the modules of this folder only, and only when drawing.
 A figure is a module of this folder, named fig* or table* (or `curves`), with `takes(row)` and
 `draw(rows, caption)`, and `verdicts(rows)` where it is judged otherwise than point by point.
+`python -m quest_dist.figures` draws again what a tracking store or a table of points holds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +32,38 @@ NAMES = tuple(
     if module.name.startswith(("fig", "table", "curves"))
 )
 
+#: What kinds of data are called wherever a number stands.
+BADGES = {
+    "random_keys": "random keys and values",
+    "random_weights": "random weights, keys and values",
+    "generated": "generated data",
+    "files": "data from files",
+    "hub": "hub data",
+}
+
 
 def check(names: Iterable[str]) -> None:
     """Raise ValueError for a figure that does not exist, before anything is run for it."""
     for name in names:
         if name not in NAMES:
             raise ValueError(f"figures: no figure '{name}'; {did_you_mean(name, NAMES)}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on disk: its PNG, PDF and CSV, and the words above and below the picture."""
+
+    name: str
+    paths: tuple[Path, ...]
+    title: str
+    small_print: str
+
+
+def belonging(name: str, rows: Iterable[Row]) -> list[Row]:
+    """The rows that belong in a figure."""
+    check([name])
+    module: Any = importlib.import_module(f"quest_dist.figures.{name}")
+    return [row for row in rows if module.takes(row)]
 
 
 def draw(
@@ -45,19 +73,26 @@ def draw(
 
     No file is written, and the list is empty, when no row belongs in the figure.
     """
-    check([name])
+    found = drawn(name, rows, directory, caption)
+    return list(found.paths) if found else []
+
+
+def drawn(
+    name: str, rows: Sequence[Row], directory: Path, caption: Caption | None = None
+) -> Drawn | None:
+    """As `draw`, with the figure's words; None when no row belongs in it."""
+    taken = belonging(name, rows)
+    if not taken:
+        return None
     module = importlib.import_module(f"quest_dist.figures.{name}")
     style = importlib.import_module("quest_dist.figures.style")
-    caption = caption or importlib.import_module("quest_dist.figures.caption").Caption()
-    taken = [row for row in rows if module.takes(row)]
-    if not taken:
-        return []
+    captions = importlib.import_module("quest_dist.figures.caption")
     with style.styled():
-        figure, plotted = module.draw(taken, caption)
+        figure, plotted = module.draw(taken, caption or captions.Caption())
         paths: list[Path] = style.save(figure, directory, name)
     data = directory / f"{name}.csv"
     _write(data, plotted)
-    return [*paths, data]
+    return Drawn(name, (*paths, data), *captions.words(figure))
 
 
 def verdicts(name: str, rows: Sequence[Row]) -> dict[str, Verdict]:
@@ -65,11 +100,10 @@ def verdicts(name: str, rows: Sequence[Row]) -> dict[str, Verdict]:
 
     Most figures have one part, under their own name; Figure 8 has fig08a, fig08b, fig08_topk.
     """
-    check([name])
     from quest_dist.figures import paper
 
+    taken = belonging(name, rows)
     module: Any = importlib.import_module(f"quest_dist.figures.{name}")
-    taken = [row for row in rows if module.takes(row)]
     if hasattr(module, "verdicts"):
         return dict(module.verdicts(taken))
     return {name: paper.overall(name, taken)}

@@ -10,22 +10,18 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from quest_dist import stats
-from quest_dist.figures import style
+from quest_dist.figures import BADGES, style
 from quest_dist.table import Row
 
 LINE = 0.155  # inches a line of small print takes
 HEAD = 0.62  # inches for title and subtitle
-BADGES = {
-    "random_keys": "random keys and values",
-    "random_weights": "random weights, keys and values",
-    "generated": "generated data",
-    "files": "data from files",
-    "hub": "hub data",
-}
+# By these a figure's words are found again; no bitmap and no PDF shows them.
+GIDS = TITLE, SMALL_PRINT = "title", "small print"
 REPEATED = ("repeat", "repeats")  # what a sample of a time is called
 
 
@@ -92,7 +88,8 @@ def put(
     height = float(figure.get_figheight())
     incomplete = lacking(rows)
     lines = small_print(rows, caption, [*notes, incomplete] if incomplete else list(notes))
-    figure.text(0.012, 1 - 0.10 / height, caption.title or title, va="top", size=13, weight="bold")
+    head: dict[str, Any] = {"va": "top", "size": 13, "weight": "bold", "gid": TITLE}
+    figure.text(0.012, 1 - 0.10 / height, caption.title or title, **head)
     subtitle = f"{_named(row.model_label for row in rows)} · {samples(rows)}"
     figure.text(0.012, 1 - 0.36 / height, subtitle, va="top", size=9, color=style.FAINT)
     badge = _named(BADGES.get(row.data, row.data) for row in rows)
@@ -105,8 +102,15 @@ def put(
     )
     for i, line in enumerate(reversed(lines)):
         color = style.WARN if line.startswith("Incomplete") else style.FAINT
-        figure.text(0.012, (0.08 + i * LINE) / height, line, va="bottom", size=7.2, color=color)
+        small: dict[str, Any] = {"va": "bottom", "size": 7.2, "color": color, "gid": SMALL_PRINT}
+        figure.text(0.012, (0.08 + i * LINE) / height, line, **small)
     return (0.16 + len(lines) * LINE) / height, 1 - HEAD / height
+
+
+def words(figure: Figure) -> tuple[str, str]:
+    """What `put` wrote on a figure: its title and its small print, as running text."""
+    title, lines = ([t.get_text() for t in figure.texts if t.get_gid() == gid] for gid in GIDS)
+    return " ".join(title), " ".join(reversed(lines))
 
 
 def _named(values: object) -> str:

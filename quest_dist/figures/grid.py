@@ -17,15 +17,21 @@ LEGEND, NEXT = 0.34, 0.19  # inches of the legend: its first line, each further 
 
 
 def page(
-    name: str, title: str, rows: Sequence[Row], caption: Caption, order: Sequence[str] = ()
+    name: str,
+    title: str,
+    rows: Sequence[Row],
+    caption: Caption,
+    order: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> tuple[Figure, panels.Plotted]:
-    """Draw one panel for each task and setting of the rows, three in a line."""
+    """Draw one panel for each task and setting of the rows, three in a line; `notes` join the small
+    print."""
     places = {task: i for i, task in enumerate(order)}
     found = sorted(pivot(rows), key=lambda panel: places.get(panel.task, len(places)))
     across = len(found) if len(found) < 4 else 2 if len(found) == 4 else 3
     down = -(-len(found) // across)
     verdict = paper.overall(name, rows)
-    notes = [_bars(rows)]
+    notes = [_bars(rows), *notes]
     if name in paper.reference():
         notes.append(f"Against the paper: {verdict}.")
     handles = panels.legend(found)

@@ -22,7 +22,11 @@ METRICS = {
     "f1": "F1",
     "rouge_l": "ROUGE-L",
     "accuracy": "accuracy, %",
+    "string_match_all": "answers found, %",
+    "recall": "recall, %",
+    "attention": "attention, %",
     "perplexity": "perplexity (lower is better)",
+    "nll_increase": "increase in nats (lower is better)",
     "attention_us": "attention, µs a step (lower is better)",
     "step_ms": "ms a token (lower is better)",
 }
@@ -186,7 +190,8 @@ def _curve(axes: Axes, line: Line, figure: str, apart: float, dash: Any) -> Plot
 
 
 def _scale(axes: Axes, metric: str, plotted: Plotted) -> None:
-    """Scores start at zero and show every interval; perplexity shows its own range."""
+    """Scores start at zero and show every interval; perplexity and recall, which is near 100 where
+    methods are worth comparing, show their own range."""
     known = ("score", "low", "high")
     values = [e[k] for e in plotted for k in known if e[k] is not None and not math.isnan(e[k])]
     if not values:
@@ -198,6 +203,8 @@ def _scale(axes: Axes, metric: str, plotted: Plotted) -> None:
     room = 0.06 * (high - low) or 1.0
     if metric == "perplexity":
         axes.set_ylim(low - room, high + room)
+    elif metric == "recall":
+        axes.set_ylim(max(low - room, -3.0), high + room)
     else:
         top = min(high + room, 104.0) if metric in METRICS else high + room
         axes.set_ylim(min(-0.03 * top, low - room if low < 0 else 0.0), top)

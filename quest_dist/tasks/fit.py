@@ -21,10 +21,12 @@ def largest(tokens: Callable[[int], int], limit: int, key: str) -> int:
         )
     guess = int((limit - empty) * PROBE / max(1, tokens(PROBE) - empty))
     low, step = 0, 4
-    if tokens(guess) <= limit:
+    reached = tokens(guess)
+    if reached <= limit:
         low = guess
-        while tokens(low + step) <= limit:
-            low, step = low + step, 2 * step
+        while (further := tokens(low + step)) <= limit:
+            assert further > reached, f"{low + step} sentences are no longer than {low}"
+            low, step, reached = low + step, 2 * step, further
         high = low + step
     else:
         high = guess

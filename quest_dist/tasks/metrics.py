@@ -1,4 +1,4 @@
-"""Scores of a predicted text against a reference, in 0..1, by LongBench's definitions.
+"""Scores of a predicted text against references, by the definitions of LongBench and RULER.
 
 * `f1`: overlap of token multisets after lower-casing and removing punctuation, articles and blanks.
 * `rouge_l`: summary-level ROUGE-L F as the PyPI package `rouge` computes it, which published
@@ -6,6 +6,7 @@
   punctuation and case, counts are of distinct words, and the longest common subsequence of each
   sentence pair is the one its back-tracking finds.
 * `first_integer`: the passkey rule.
+* `string_match_all`: RULER's; the share of the answers that the prediction holds.
 """
 
 from __future__ import annotations
@@ -94,3 +95,9 @@ METRICS: Mapping[str, Callable[[str, str], float]] = {
 def best(metric: str, prediction: str, answers: Sequence[str]) -> float:
     """Return the best score of `prediction` over `answers` in 0..100."""
     return 100.0 * max(METRICS[metric](prediction, answer) for answer in answers)
+
+
+def string_match_all(prediction: str, answers: Sequence[str]) -> float:
+    """Return the share of `answers` that stand anywhere in `prediction`, in 0..100; case aside."""
+    said = prediction.lower()
+    return 100.0 * sum(answer.lower() in said for answer in answers) / len(answers)

@@ -4,10 +4,15 @@ With `prefill: 0` every token but the first is decoded, as in the paper's figure
 measures the same positions for the price of the scored tokens alone. Of n books, the first n
 samples are the beginnings, the next n the second segments, and so on. Segments start at paragraphs,
 at least SPAN characters a token apart, so they practically never overlap.
+
+A point's curve is its running mean by position, at `checkpoints` evenly spaced positions. Position
+is the number of tokens that the last counted prediction was made from; up to the budget, then, a
+method has attended to everything.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +29,7 @@ class PG19(Task):
     """Mean negative log-likelihood in nats of `tokens` tokens after `prefill` tokens of a book."""
 
     metric = "perplexity"
+    x = "position (tokens)"
 
     def __init__(
         self,
@@ -34,14 +40,18 @@ class PG19(Task):
         samples: int = 10,
         prefill: int = 3584,
         tokens: int = 512,
+        checkpoints: int = 32,
     ) -> None:
         """Check the settings; books are read from `data` at first need."""
         if samples < 1 or tokens < 1 or prefill < 0:
             raise ValueError(
                 f"task.samples={samples}, tokens={tokens} must be >= 1 and prefill={prefill} >= 0"
             )
+        if checkpoints < 1:
+            raise ValueError(f"task.checkpoints={checkpoints}: a curve has at least 1")
         Protocol.parse(protocol)  # refused here if wrong, although perplexity has no question
         self.data, self.samples, self.prefill, self.tokens = data, samples, prefill, tokens
+        self.checkpoints = checkpoints
         self._segments: list[tuple[str, str]] | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -103,3 +113,14 @@ class PG19(Task):
         """Return the mean of the tail's negative log-likelihoods, in nats."""
         assert len(outcome.nll) == len(sample.tail) - 1, (len(outcome.nll), len(sample.tail))
         return sum(outcome.nll) / len(outcome.nll)
+
+    def curve(self, sample: Sample, outcome: Outcome) -> tuple[tuple[float, float], ...]:
+        """Return (position, mean NLL in nats from the first scored token up to there)."""
+        head, total = len(sample.context), len(outcome.nll)
+        sums = tuple(itertools.accumulate(outcome.nll))
+        asked = (
+            round((head + total) * k / self.checkpoints) - head
+            for k in range(1, self.checkpoints + 1)
+        )
+        counts = dict.fromkeys(min(count, total) for count in asked if count >= 1)
+        return tuple((float(head + count), sums[count - 1] / count) for count in counts)

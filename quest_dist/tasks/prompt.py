@@ -136,9 +136,9 @@ class Language:
             return ()
         return (self.bos,)
 
-    def length(self, body: str, *, chat: bool = True) -> int:
-        """Count the tokens of the whole prompt around `body`."""
-        text = self.head + body + self.foot if chat else body
+    def length(self, body: str, *, chat: bool = True, begun: str = "") -> int:
+        """Count the tokens of the whole prompt around `body`, the answer's beginning included."""
+        text = (self.head + body + self.foot if chat else body) + begun
         return len(self.opening(text)) + len(self.encode(text))
 
     def cut(
@@ -151,6 +151,7 @@ class Language:
         marker: int = -1,
         released: str = "chars100",
         chat: bool = True,
+        begun: str = "",
         reserve: int = 0,
     ) -> Cut:
         """Tokenise the prompt around `body` once and split it by the protocol's rule.
@@ -158,10 +159,12 @@ class Language:
         `question`, `asked` and `marker` are character positions in `body`: where the question
         begins, where the line of the record's input does (None: with the question), and where the
         released code's marker stands (-1: none). `released` is the task's released rule;
+        `begun` is how the answer begins, behind the chat format and never cut, as that is;
         `reserve` counts the tokens that will be generated after the prompt. ValueError where the
         prompt cannot fit, or where it must be cut and the protocol refuses that.
         """
         head, foot = (self.head, self.foot) if chat and protocol.chat else ("", "")
+        foot += begun
         text = head + body + foot
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = [end for _, end in coded["offset_mapping"]]

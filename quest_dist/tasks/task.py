@@ -91,9 +91,10 @@ class Cost:
 class Task(Protocol):
     """A benchmark over one data source.
 
-    `metric` names the unit of a score (see quest_dist.stats): 'f1', 'rouge_l', 'accuracy' and
-    'recall' are 0..100, higher is better; 'perplexity' samples are mean negative log-likelihoods in
-    nats, and a point's value is exp of their mean; 'attention_us' and 'step_ms' are times.
+    `metric` names the unit of a score (see quest_dist.stats): 'f1', 'rouge_l', 'accuracy',
+    'string_match_all', 'recall' and 'attention' are 0..100, higher is better; 'perplexity' samples
+    are mean negative log-likelihoods in nats, and a point's value is exp of their mean;
+    'attention_us' and 'step_ms' are times.
     """
 
     metric: str
