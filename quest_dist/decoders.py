@@ -171,4 +171,4 @@ def check_step(decoder: Decoder, group: Group, length: int) -> tuple[float, floa
             ruled.append(float(attended.float().mean()))
     if not bool(decoder.logits.isfinite().all()):
         raise RuntimeError("the step's logits are not finite")
-    return sum(ruled) / len(ruled), *map(float, planned)
+    return sum(ruled) / len(ruled), float(planned[0]), float(planned[1])

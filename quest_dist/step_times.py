@@ -137,20 +137,20 @@ def repeat(
         Side(name, {"step": _step(decoder)}, (moved[name],), uncounted=0, counted=VISIT)
         for name, decoder in made.items()
     ]
-    how = {"warm_up": warm_up, "cycles": -(-steps // VISIT)}
+    cycles = -(-steps // VISIT)
     if place.on_gpu:
         clocked = {name: graphs.Launched(decoder.step) for name, decoder in made.items()}
         walls: dict[str, list[float]] = {name: [] for name in made}
 
         def visit(side: Side) -> list[tuple[float, ...]]:
-            calls = [(us,) for us in clocked[side.name](side.counted)]
+            calls: list[tuple[float, ...]] = [(us,) for us in clocked[side.name](side.counted)]
             walls[side.name].append(clocked[side.name].wall)
             return calls
 
-        times = timing.measure(sides, 0.0, visit, **how)
+        times = timing.measure(sides, 0.0, visit, warm_up=warm_up, cycles=cycles)
         times.walls.update({name: found[1:] for name, found in walls.items()})
     else:
-        times = timing.measure(sides, 0.0, **how)
+        times = timing.measure(sides, 0.0, warm_up=warm_up, cycles=cycles)
     kept = {}
     for name, decoder in made.items():
         done = int(decoder.lengths[0])

@@ -101,8 +101,8 @@ def _attend(axes: Axes, group: Group) -> Plotted:
         full = group.full(context)
         if full is not None:
             series[None][context] = full
-        for budget, row in group.sparse(context).items():
-            series.setdefault(budget, {})[context] = row
+        for kept, row in group.sparse(context).items():
+            series.setdefault(kept, {})[context] = row
     plotted: Plotted = []
     colors = (style.INK, *_shades(len(series) - 1))
     for (budget, members), color in zip(series.items(), colors, strict=True):

@@ -56,7 +56,7 @@ class Kernels(Timed):
         token = 2 * size * int(shape["kv_heads"]) * int(shape["head_dim"])
         layer, page_size = context * token, points[0].page_size
         closed = layer / page_size
-        reads = [READ_BYTES + layer]
+        reads: list[float] = [READ_BYTES + layer]
         reads += [2 * (closed + token * min(p.budget, context)) for p in points if p.budget]
         calls = int(settings.get("warm_up") or WARM_UP) + VISIT * int(settings["cycles"])
         layers = max(2.0, READ_BYTES / max(1.0, closed) / 8)

@@ -76,7 +76,7 @@ class TextGen(Timed):
         layers, heads = int(shape["layers"]), int(shape["kv_heads"]) * int(shape["head_dim"])
         token = 2 * size * layers * heads
         cache, weights = context * token, size * int(shape["parameters"])
-        reads = [weights + cache]
+        reads: list[float] = [weights + cache]
         for point in points:
             if point.budget:
                 kept = min(context, point.budget) + context / point.page_size
