@@ -8,7 +8,7 @@ ARGS ?=
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/*.h kernels/*.cpp kernels/cpu/* kernels/cuda/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sweep lint format bench clean
+.PHONY: help setup test sweep paper lint format bench clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ test: setup ## Lint, check types and run the tests.
 
 sweep: setup ## Run a sweep: make sweep ARGS='grid.budget=[256,512]'.
 	$(BIN)/python -m quest_dist.sweep +sweep=longbench_budgets $(ARGS)
+
+paper: setup ## Draw every figure of the paper: half an hour on 2 cores.
+	$(BIN)/python -m quest_dist.sweep +sweep=paper $(ARGS)
 
 lint: setup ## Lint and check types only.
 	$(BIN)/ruff check

@@ -16,8 +16,9 @@ import synthetic_sweep as synthetic
 import tiny_sweep
 from rich.console import Console
 
-from quest_dist import closing, compose, launch, sweep, welcome
+from quest_dist import closing, compose, figures, launch, sweep, welcome
 from quest_dist.folders import find
+from quest_dist.parts import combined
 from quest_dist.plan import Point
 from quest_dist.prepare import prepare
 
@@ -50,7 +51,19 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def test_every_sweep_has_a_number_of_points_here() -> None:
-    assert set(SWEEPS) == set(POINTS)
+    assert set(SWEEPS) == {*POINTS, "paper"}
+
+
+def test_the_paper_is_every_figure_with_shared_points_once() -> None:
+    whole = compose.composed(["+sweep=paper"])
+    found = combined(whole, compose.parts(whole, ["+sweep=paper"]))
+    assert [part.name for part in found.parts] == whole["parts"]
+    assert [len(part.points) for part in found.parts] == [POINTS[n] for n in whole["parts"]]
+    drawn = [name for part in found.parts for name in part.figures]
+    assert sorted(drawn) == sorted({*figures.NAMES} - {"curves"})
+    apart = {point.key for part in found.parts for point in part.points}
+    assert {point.key for point in found.points} == apart
+    assert len(found.points) < sum(POINTS[name] for name in whole["parts"])
 
 
 @pytest.mark.parametrize("name", sorted(POINTS))
@@ -98,7 +111,7 @@ def test_a_folder_of_ones_own_adds_options(tmp_path: Path) -> None:
 
 def test_the_paper_profile_means_other_models_data_and_budgets() -> None:
     config = compose.composed(["+sweep=longbench_budgets", "profile=paper"])
-    assert config["grid"]["model"] == ["longchat_7b"]
+    assert config["grid"]["model"] == ["longchat_7b", "llama31_8b", "qwen25_7b"]
     assert config["grid"]["budget"] == [256, 512, 1024, 2048, 4096]
     assert config["data"]["label"] == "hub"
     files = compose.composed(["+sweep=passkey", "profile=paper", "data=files", "data.root=/x"])
