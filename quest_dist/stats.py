@@ -10,9 +10,9 @@ Which interval (each sample is one draw; scores are 0..100, perplexity samples a
     fewer than 8 samples                 Student's t, cut to the range of the score
     8 or more                            bootstrap, percentiles widened for small n (Hesterberg
                                          2015, "expanded percentile")
-    a paired difference where fewer      Agresti & Min (2005): as if one more pair were equal, and
-    than 5 samples differ                half a pair lost and half a pair won everything; a
-                                         bootstrap would report certainty it cannot have
+    a paired difference where fewer      Wilson for the share of pairs that lose and of those that
+    than 5 samples differ                win, each of which may lose or win everything; a bootstrap
+                                         would report certainty it cannot have
     times, and differences of times      order statistics of the median: no assumption on how times
                                          are distributed; fewer than 6 have none
 Perplexity is exp of the mean NLL, and its interval goes through exp. A time is the median of its
@@ -244,11 +244,9 @@ def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _few_differ(differences: NDArray[np.float64]) -> tuple[float, float]:
-    n = len(differences) + 2
-    mean = float(differences.sum()) / n
-    square = (float(np.square(differences).sum()) + 100.0**2) / n
-    half = _Z * math.sqrt((square - mean * mean) / n)
-    return mean - half, mean + half
+    n = len(differences)
+    lost, won = (float(np.mean(side)) for side in (differences < 0, differences > 0))
+    return -100 * wilson(lost, n)[1], 100 * wilson(won, n)[1]
 
 
 def _holding(value: float, low: float, high: float, n: int) -> Estimate:

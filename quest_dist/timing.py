@@ -9,7 +9,7 @@ sample of a sweep, which has caches of its own.
 What each number is:
     median      p50 of all counted calls of a side, in microseconds of wall clock on a CPU, between
                 two events of the stream on a GPU
-    p5, p95     of the same calls
+    p5 to p95   of the same calls
     low, high   95 % interval of the median over repeats (each repeat gives the median of its
                 calls): order statistics, no assumption on the distribution; six repeats are the
                 fewest that have one (`stats.median`)
@@ -96,6 +96,8 @@ class Spread(NamedTuple):
 
     median: float
     p5: float
+    p10: float
+    p90: float
     p95: float
     low: float
     high: float
@@ -193,13 +195,13 @@ def joined(repeats: Sequence[Times]) -> Times:
 def spread(visits: Sequence[Sequence[float]]) -> Spread:
     """Of the calls of all repeats."""
     values = [value for visit in visits for value in visit]
-    low, high = values[0], values[0]
+    tails = (values[0],) * 4
     if len(values) > 1:
         parts = statistics.quantiles(values, n=20, method="inclusive")
-        low, high = parts[0], parts[-1]
+        tails = parts[0], parts[1], parts[-2], parts[-1]
     over = stats.median([statistics.median(visit) for visit in visits])
     middle = statistics.median(values)
-    return Spread(middle, low, high, over.low, over.high, len(values), len(visits))
+    return Spread(middle, *tails, over.low, over.high, len(values), len(visits))
 
 
 def contract(

@@ -120,7 +120,7 @@ def test_the_page_says_what_ran_what_came_of_it_and_how_to_rerun(made: Path) -> 
         "fig07.pdf",
         "Quest at 256 on Passkey (0 of 6 samples)",
         "A page bound.",
-        "Agresti & Min (2005)",
+        "Wilson for the share of pairs",
         "avx2",
         "'grid.task=[passkey]' 'grid.method=[full,h2o]' 'grid.budget=[512]'",
     ):

@@ -69,10 +69,11 @@ def test_ten_of_ten_reads_72_to_100() -> None:
     assert (got.low, got.high) == (pytest.approx(72.25, abs=0.01), 100.0)
 
 
-def test_equal_answers_need_a_hundred_pairs_to_resolve_two_points() -> None:
-    widths = {n: -stats.paired([50.0] * n, [50.0] * n, "f1").low for n in (10, 90, 110)}
-    assert widths[10] > 10
-    assert widths[90] > 2 > widths[110]
+def test_equal_answers_need_two_hundred_pairs_to_resolve_two_points() -> None:
+    widths = {n: -stats.paired([50.0] * n, [50.0] * n, "f1").low for n in (10, 18, 180, 200)}
+    assert widths[10] > 25
+    assert widths[18] > 10  # a method that loses one pair in ten shows none of 18 in 15 of 100
+    assert widths[180] > 2 > widths[200]
 
 
 def test_perplexity_goes_through_exp() -> None:

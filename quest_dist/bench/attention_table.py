@@ -20,7 +20,8 @@ from quest_dist.timing import Times, paired, spread
 
 COLUMNS = (
     *("shape", "context", "rows", "prefix", "pages", "budget", "lists", "what", "calls"),
-    *("us", "p5", "p95", "low", "high", "first", "GB/s", "% of bandwidth", "x dense", "x sdpa"),
+    *("us", "p5", "p10", "p90", "p95", "low", "high", "first"),
+    *("GB/s", "% of bandwidth", "x dense", "x sdpa"),
 )
 FLASHINFER_COLUMN = "x flashinfer"
 
@@ -84,7 +85,7 @@ class Outcome:
             steps[0] if steps else what,
             found.calls,
             found.median,
-            *found[1:5],
+            *found[1:7],
             None if steps else times.first.get(side),
             rate or None,
             100 * paired(times.rate(side, *steps), times.rate(self.bandwidth)) if rate else None,

@@ -43,7 +43,8 @@ TARGETS = {"quest_vs_dense_7b": ">= 1.7"}
 CONTEXT, BUDGET, DTYPE = 32768, 2048, torch.bfloat16
 COLUMNS = (
     *("shape", "context", "budget", "dense layers", "what", "calls"),
-    *("ms", "p5", "p95", "low", "high", "first", "tokens/s", "GB/s", "x dense"),
+    *("ms", "p5", "p10", "p90", "p95", "low", "high", "first"),
+    *("tokens/s", "GB/s", "x dense"),
 )
 #: Counted tokens of a repeat where none are named; the paper's 256 on a GPU.
 STEPS = {"cpu": 8, "cuda": 256}
@@ -274,7 +275,7 @@ def _rows(plan: Plan, outcome: Outcome) -> list[tuple[Any, ...]]:
                 plan.dense_layers if quest else outcome.model.layers,
                 "quest" if quest else "dense",
                 us.calls,
-                *(one / 1000 for one in us[:5]),
+                *(one / 1000 for one in us[:7]),
                 outcome.times.first[name] / 1000,
                 1e6 / us.median,
                 spread(outcome.times.rate(name)).median / 1000,
