@@ -190,6 +190,8 @@ def _tasks(
     for name in config["grid"]["task"]:
         try:
             task = specs[name].build(data=records, seed=0, protocol=dict(protocol.settings))
+            if Task not in type(task).__mro__:
+                raise ValueError(f"{type(task).__name__} is no Task of quest_dist.tasks.task")
             count = task.count()
             read = replace(source, name=task.made_of) if task.made_of else source
             data[name] = plan.with_content(read, task.identity())

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from quest_dist import models, stats
+from quest_dist import compose, models, stats
 from quest_dist.folders import find
 from quest_dist.plan import Spec
+from quest_dist.prepare import prepare
 from quest_dist.tasks.generated import Generated
 from quest_dist.tasks.prompt import Protocol
 from quest_dist.tasks.prompts import FORMS
@@ -118,3 +121,23 @@ def test_protocols(path):
     assert settings["label"] == path.stem
     Protocol.parse(settings)
     assert settings["dense_layers"] == (0 if path.stem == "kvpress" else 2)
+
+
+class Odd:
+    """Has what a task has, but is none."""
+
+    def __init__(self, data, seed, protocol):
+        pass
+
+    def count(self):
+        return 1
+
+
+def test_a_class_that_is_no_task_is_refused(monkeypatch):
+    module = ModuleType("quest_dist.odd")
+    module.Odd = Odd
+    monkeypatch.setitem(sys.modules, "quest_dist.odd", module)
+    grid = ("grid.task=[odd]", "grid.model=[smollm2]", "grid.method=[full]")
+    config = compose.composed(["+task.odd={_target_: quest_dist.odd.Odd}", *grid])
+    with pytest.raises(ValueError, match="^task odd: Odd is no Task of quest_dist"):
+        prepare(config)
