@@ -139,5 +139,5 @@ def test_a_class_that_is_no_task_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "quest_dist.odd", module)
     grid = ("grid.task=[odd]", "grid.model=[smollm2]", "grid.method=[full]")
     config = compose.composed(["+task.odd={_target_: quest_dist.odd.Odd}", *grid])
-    with pytest.raises(ValueError, match="^task odd: Odd is no Task of quest_dist"):
+    with pytest.raises(ValueError, match=r"^task odd: Odd is no Task of quest_dist"):
         prepare(config)
