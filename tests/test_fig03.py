@@ -14,7 +14,7 @@ from quest_dist import figures, table
 from quest_dist.figures import fig03, paper
 from quest_dist.figures.caption import Caption
 from quest_dist.spec import canonical
-from quest_dist.table import Row
+from quest_dist.table import Row, pivot
 
 FULL = 5.0
 CONTEXT = 1000.0
@@ -85,8 +85,10 @@ def test_a_layer_takes_the_smallest_budget_that_it_and_all_larger_ones_allow() -
 
 
 def test_layers_that_the_samples_do_not_resolve_are_counted() -> None:
-    assert fig03._resolved(LINE) == "1 of 4 layers have a bar: these samples do not resolve them."
-    assert fig03._resolved([row(50, SURE)]) == ""
+    (several,), (one,) = pivot(LINE), pivot([row(50, SURE)])
+    assert fig03.resolved(several, fig03.BOUND) == "1 of 4 not resolved"
+    assert fig03.resolved(several, fig03.WIDER) == ""
+    assert fig03.resolved(one, fig03.BOUND) == ""
 
 
 def test_the_bound_is_on_perplexity_not_on_nats() -> None:
@@ -104,7 +106,11 @@ def test_a_layer_that_was_not_measured_at_a_budget_keeps_no_bound_there() -> Non
 def test_the_csv_holds_every_layer_with_its_rise(tmp_path: Path) -> None:
     *_, data = figures.draw("fig03", table.from_csv(table.to_csv(LINE)), tmp_path, Caption())
     with data.open(encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+        both = list(csv.DictReader(file))
+    lines, wider = both[:4], both[4:]
+    assert {line["bound"] for line in lines} == {"0.01"}
+    assert {line["bound"] for line in wider} == {"0.1"}
+    assert [line["budget"] for line in wider] == ["50"] * 4
     assert [line["layer"] for line in lines] == ["0", "1", "2", "3"]
     assert [line["budget"] for line in lines] == ["", "50", "500", "50"]
     assert [line["point"] for line in lines][1] == "point of 50"
@@ -119,7 +125,7 @@ def test_partial_tables_draw_what_they_have(tmp_path: Path) -> None:
         rows = synthetic.sweep(tmp_path / str(n), made, n, expected=3)
         *_, data = figures.draw("fig03", rows, tmp_path / str(n), Caption())
         lines = list(csv.DictReader(data.read_text().splitlines()))
-        assert len(lines) == (6 if n else 0)
+        assert len(lines) == (12 if n else 0)
     assert figures.verdicts("fig03", [])["fig03"].verdict == "not run"
 
 
