@@ -154,6 +154,9 @@ GOLDEN = {
         special=("<|im_start|>",),
     ),
 }
+# The same tokenizer and format.
+TEMPLATES["llama32_1b"] = TEMPLATES["llama31_8b"]
+GOLDEN["llama32_1b"] = GOLDEN["llama31_8b"]
 
 
 def settings_of(name: str) -> dict[str, Any]:
