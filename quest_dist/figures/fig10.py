@@ -67,7 +67,8 @@ def _draw(panels: list[Axes], group: Group) -> Plotted:
     second.text(0.99, 0.99, f"{NOT_RUN}\nthe paper's alone", size=8, color=style.WARN, **where)
     how = {"fontsize": 7, "handlelength": 1.4, "labelspacing": 0.3, "borderaxespad": 0.1}
     drawn = first.get_legend_handles_labels()
-    second.legend(*drawn, loc="upper left", ncols=2, columnspacing=1.0, **how)
+    below = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.9)}  # the words above
+    second.legend(*drawn, ncols=3, columnspacing=1.0, **below, **how)
     return plotted
 
 
