@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -60,8 +61,9 @@ def _draw(panels: list[Axes], group: Group) -> Plotted:
         style.budget_axis(axes, contexts)
         axes.set_xlabel("context, tokens")
         if axes.get_legend_handles_labels()[0]:
-            how = {"fontsize": 7, "handlelength": 1.6, "labelspacing": 0.3, "borderaxespad": 0.1}
-            axes.legend(frameon=True, framealpha=0.85, edgecolor="none", **how).set_zorder(9)
+            how: dict[str, Any] = {"frameon": True, "framealpha": 0.85, "edgecolor": "none"}
+            how |= {"fontsize": 7, "handlelength": 1.6, "labelspacing": 0.3, "borderaxespad": 0.1}
+            axes.legend(**how).set_zorder(9)
         _fit(axes)
     return plotted
 
@@ -69,7 +71,8 @@ def _draw(panels: list[Axes], group: Group) -> Plotted:
 def _fit(axes: Axes) -> None:
     """Let the marks, not their intervals, say how high the panel is: one disturbed repeat would
     flatten all lines."""
-    seen = [float(y) for line in axes.lines for y in line.get_ydata() if 0 < float(y) < math.inf]
+    marks: list[Any] = [line.get_ydata() for line in axes.lines]
+    seen = [float(y) for line in marks for y in line if 0 < float(y) < math.inf]
     if not seen:
         return
     if axes.get_yscale() == "log":

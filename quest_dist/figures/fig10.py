@@ -65,9 +65,14 @@ def _draw(panels: list[Axes], group: Group) -> Plotted:
     first.set_ylabel("time / full's at the same context")
     where: dict[str, Any] = {"ha": "right", "va": "top", "transform": second.transAxes}
     second.text(0.99, 0.99, f"{NOT_RUN}\nthe paper's alone", size=8, color=style.WARN, **where)
-    how = {"fontsize": 7, "handlelength": 1.4, "labelspacing": 0.3, "borderaxespad": 0.1}
+    how: dict[str, Any] = {
+        "fontsize": 7,
+        "handlelength": 1.4,
+        "labelspacing": 0.3,
+        "borderaxespad": 0.1,
+    }
     drawn = first.get_legend_handles_labels()
-    below = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.9)}  # the words above
+    below: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.9)}  # the words above
     second.legend(*drawn, ncols=3, columnspacing=1.0, **below, **how)
     return plotted
 
