@@ -65,15 +65,11 @@ def _draw(panels: list[Axes], group: Group) -> Plotted:
     first.set_ylabel("time / full's at the same context")
     where: dict[str, Any] = {"ha": "right", "va": "top", "transform": second.transAxes}
     second.text(0.99, 0.99, f"{NOT_RUN}\nthe paper's alone", size=8, color=style.WARN, **where)
-    how: dict[str, Any] = {
-        "fontsize": 7,
-        "handlelength": 1.4,
-        "labelspacing": 0.3,
-        "borderaxespad": 0.1,
-    }
-    drawn = first.get_legend_handles_labels()
-    below: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.9)}  # the words above
-    second.legend(*drawn, ncols=3, columnspacing=1.0, **below, **how)
+    how: dict[str, Any] = {"fontsize": 7, "handlelength": 1.4, "labelspacing": 0.3}
+    how |= {"borderaxespad": 0.1, "ncols": 3, "columnspacing": 1.0}
+    how |= {"loc": "upper right", "bbox_to_anchor": (1.0, 0.9)}  # below the words
+    handles, labels = first.get_legend_handles_labels()
+    second.legend(handles, labels, **how)
     return plotted
 
 
