@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from quest_dist import redact
 from quest_dist.plan import Point, Unit, canonical
 
 if TYPE_CHECKING:
@@ -200,6 +201,6 @@ def failed(
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception as one line: its class and message."""
-    text = " ".join(str(error).split())
+    """Return an exception as one line: its class and message, without secrets."""
+    text = " ".join(redact.text(str(error)).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
