@@ -32,6 +32,7 @@ from quest_dist.suggest import did_you_mean
 
 #: Groups whose every option is loaded, and chosen from by name in the grid.
 OPEN_GROUPS = ("model", "method", "task")
+_LOGGING = ("hydra_logging", "job_logging")
 #: Where a configuration may ask for a secret of the environment: it is handed on and never kept.
 _SECRETS_GO_TO = ("cluster.env.", "tracking.uri")
 
@@ -175,6 +176,19 @@ def composed_with_text(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         raise ValueError(mistakes.explain(error, defaults)) from None
+
+
+def check_printable(overrides: Sequence[str]) -> None:
+    """Raise ValueError where a file sets what Hydra acts on even when it only prints."""
+    register(overrides)
+    GlobalHydra.instance().clear()
+    folder = find("conf")
+    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        found = compose(config_name="config", overrides=list(overrides), return_hydra_config=True)
+    own = {name: OmegaConf.load(folder / f"hydra/{name}/quest.yaml") for name in _LOGGING}
+    for name, value in {"callbacks": OmegaConf.create({}), **own}.items():
+        if found.hydra[name] != value:
+            raise ValueError(f"hydra.{name} is set: a configuration has nothing called by Hydra")
 
 
 def parts(config: Mapping[str, Any], overrides: Sequence[str]) -> list[dict[str, Any]]:

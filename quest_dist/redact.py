@@ -21,7 +21,8 @@ _SET = re.compile(
     rf"\b((?:[A-Z0-9]+_)*(?:{_WORDS})(?:_[A-Z0-9]+)*(?:[ \t]*[=:][ \t]*|[\"']\s*:\s*))"
     r"(?!\$\{)(\"[^\"\n]*\"|'[^'\n]*'|[^\s,}\]'\"]+)"
 )
-_USER = re.compile(r"(://)([^\s'\"/@:]*)(:[^\s'\"/]*)?@")
+#: SQLAlchemy takes a password with slashes; a port and a path are no password.
+_USER = re.compile(r"(://)([^\s'\"/@:]*)(:(?!\d{1,5}[/?#])[^\s'\"]*)?@")
 _QUERY = re.compile(
     r"([?&](?:\w*password|\w*token|\w*secret|api_?key)=)[^&\s'\"]+", flags=re.IGNORECASE
 )

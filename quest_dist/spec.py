@@ -118,7 +118,11 @@ class Spec:
             ]
             if absent:
                 raise ValueError(f"{self.name}.{absent[0]}: this setting is required and not set")
-        return target(**settings, **extra)
+        try:
+            return target(**settings, **extra)
+        except (TypeError, AttributeError) as error:  # a list where a number belongs
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.name}: a setting has the wrong type ({told})") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain JSON."""

@@ -66,7 +66,7 @@ def _hydra(arguments: list[str]) -> int:
         raise ValueError(f"{options[0]}: a sweep is run by overrides alone; see --help")
     import hydra
 
-    compose.register(arguments)
+    compose.check_printable([a for a in arguments if a[:1] != "-" and ("=" in a or a[:1] == "~")])
 
     def task(cfg: DictConfig) -> None:
         raise AssertionError("Hydra was asked to print")

@@ -105,6 +105,12 @@ class Tracker:
             told = '"$MLFLOW_TRACKING_URI"'  # which the shell knows and nobody has to see
         return f"mlflow ui --workers 1 --backend-store-uri {told}"
 
+    @property
+    def artifacts(self) -> Path:
+        """Where a database without a server keeps artifacts; inside `output_dir` by any name."""
+        parts = [part for part in self.experiment.split("/") if part.strip(".")]
+        return self.output_dir.joinpath("mlartifacts", *(parts or ["unnamed"]))
+
     def _try(self, write: Callable[[], None]) -> bool:
         try:
             write()
@@ -122,7 +128,7 @@ class Tracker:
         if self._store is None:
             # A server keeps artifacts itself; a bare database would put them where we stand.
             own = not self.uri.startswith(("http://", "https://", "databricks"))
-            artifacts = self.output_dir / "mlartifacts" / _folder(self.experiment) if own else None
+            artifacts = self.artifacts if own else None
             self.output_dir.mkdir(parents=True, exist_ok=True)
             client = mlflow_store.connect(self.uri)
             self._shown, self._logged = {}, {}
@@ -179,12 +185,6 @@ class Tracker:
         links = [f"[{p.name}]({place}/{quote(p.name)})" for p in pictures]
         command = f"```\n{self.sweep.command}\n```" if self.sweep.command else ""
         return "\n\n".join(part for part in (" · ".join(links), note, command) if part)
-
-
-def _folder(experiment: str) -> str:
-    """An experiment's name as a path that leads nowhere else."""
-    parts = [part for part in experiment.split("/") if part.strip(".")]
-    return "/".join(parts) or "unnamed"
 
 
 def _user() -> str:

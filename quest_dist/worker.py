@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,6 +151,8 @@ def _record(
                 f" {low:.1f} to {high:.1f} planned"
             )
         score = float(task.score(sample, result.outcome))
+        if not math.isfinite(score):
+            raise ArithmeticError(f"the score is {score}")
         curve = task.curve(sample, result.outcome)
     except Exception as error:
         return failed(point, task.metric, index, describe(error), sample)
