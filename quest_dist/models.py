@@ -207,7 +207,7 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
         where = _local(read["path"])
     else:
         where, extra = read["repo"], {"revision": read["revision"]}
-        weights.check_repository(where, read["revision"])
+        weights.check_repository(read["repo"], read["revision"])
     placed = place(device)
     check_device(f"model.dtype={read['dtype']}", placed, getattr(torch, read["dtype"]))
     # Bars of a hundred weights say nothing in a worker, and cover the sweep's own.

@@ -47,7 +47,7 @@ def examine(asked: Asked) -> list[Finding]:
 
 def one(name: str, asked: Asked) -> list[Finding]:
     """Run one check in this process; what it raises becomes its finding."""
-    found = []
+    found: list[Finding] = []
     try:
         found += CHECKS[name](asked)
     except Exception as error:
