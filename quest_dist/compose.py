@@ -7,6 +7,7 @@ an option `all` that is generated from the folder when the command starts.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -16,14 +17,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import (
     InterpolationKeyError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
 
-from quest_dist import mistakes
+from quest_dist import mistakes, redact
 from quest_dist.cluster import Cluster
 from quest_dist.folders import find
 from quest_dist.search import Search
@@ -31,6 +32,9 @@ from quest_dist.suggest import did_you_mean
 
 #: Groups whose every option is loaded, and chosen from by name in the grid.
 OPEN_GROUPS = ("model", "method", "task")
+_LOGGING = ("hydra_logging", "job_logging")
+#: Where a configuration may ask for a secret of the environment: it is handed on and never kept.
+_SECRETS_GO_TO = ("cluster.env.", "tracking.uri")
 
 
 @dataclass
@@ -95,6 +99,7 @@ def register(arguments: Sequence[str] = ()) -> None:
 
     `arguments` are the command line's: folders named by `hydra.searchpath` there add options.
     """
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config, provider="quest_dist")
     for name, path in sweep_files().items():
@@ -152,13 +157,38 @@ def composed(overrides: Sequence[str]) -> dict[str, Any]:
 
     Raises ValueError, in one line, for whatever Hydra finds wrong with them.
     """
+    return composed_with_text(overrides)[0]
+
+
+def composed_with_text(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return the checked configuration, and the same as `text` gives it.
+
+    Nothing that a file sets under `hydra` is acted on: Hydra's own command would call what
+    `hydra.callbacks` or a handler of `hydra.job_logging` names.
+    """
     register(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(find("conf"))):
-            return plain(compose(config_name="config", overrides=list(overrides)))
+            cfg = compose(config_name="config", overrides=list(overrides))
+            return plain(cfg), text(cfg)
     except mistakes.ERRORS as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
         raise ValueError(mistakes.explain(error, defaults)) from None
+
+
+def check_printable(overrides: Sequence[str]) -> None:
+    """Raise ValueError where a file sets what Hydra acts on even when it only prints."""
+    register(overrides)
+    GlobalHydra.instance().clear()
+    folder = find("conf")
+    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        found = compose(config_name="config", overrides=list(overrides), return_hydra_config=True)
+    own = {name: OmegaConf.load(folder / f"hydra/{name}/quest.yaml") for name in _LOGGING}
+    for name, value in {"callbacks": OmegaConf.create({}), **own}.items():
+        if found.hydra[name] != value:
+            raise ValueError(f"hydra.{name} is set: a configuration has nothing called by Hydra")
 
 
 def parts(config: Mapping[str, Any], overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -194,6 +224,23 @@ def _extras(
         nested = factory if factory is not MISSING and is_dataclass(factory) else None
         if isinstance(nested, type) and isinstance(value, Mapping):
             yield from _extras(value, nested, f"{path}{key}.")
+
+
+_UNSET: Any = object()
+
+
+def _environment(name: str, default: Any = _UNSET, *, _node_: Node) -> str | None:
+    """OmegaConf's `oc.env`, less the secrets: whoever wrote a file of the configuration could
+    otherwise have them kept with the results."""
+    place = str(_node_._get_full_key(None))
+    if redact.is_secret(name) and not place.startswith(_SECRETS_GO_TO):
+        raise ValueError(f"{place}: {name} holds a secret, which only cluster.env may be given")
+    found = os.environ.get(name)
+    if found is not None:
+        return found
+    if default is _UNSET:
+        raise KeyError(f"Environment variable '{name}' not found")
+    return None if default is None else str(default)
 
 
 def _searchpath(arguments: Sequence[str]) -> list[Path]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import sqlite3
 import threading
@@ -32,6 +33,7 @@ create table if not exists failure(
   point text not null, sample integer not null, finished_at real not null, body text not null,
   primary key (point, sample)) without rowid;
 """
+_HEADER = b"SQLite format 3\0"
 #: Every record carries these; `check_record` names what is missing.
 FIELDS = (
     "point",
@@ -56,6 +58,15 @@ FIELDS = (
 )
 
 
+#: What the ledger itself looks at.
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "point": str,
+    "sample": int,
+    "finished_at": (int, float),
+}
+_NAMES = {"point": "text", "sample": "a whole number", "finished_at": "a number"}
+
+
 class Ledger:
     """Records by (point, sample). One instance may be used from several threads."""
 
@@ -63,11 +74,20 @@ class Ledger:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
+        _check_header(self.path)
         self._db = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
-        self._db.execute("pragma synchronous=full")
-        with self._transaction() as db:
-            for statement in _SCHEMA.split(";"):
-                db.execute(statement)
+        try:
+            self._db.execute("pragma synchronous=full")
+            with self._transaction() as db:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+        except sqlite3.OperationalError:  # locked, or a full disk: no matter of what it holds
+            raise
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise ValueError(
+                f"{self.path} is no ledger ({error}); move it away, or choose another output_dir"
+            ) from None
 
     def __enter__(self) -> Ledger:
         return self
@@ -140,7 +160,7 @@ class Ledger:
         rows = self._read(
             "select avg(json_extract(body, '$.prefill_seconds')),"
             " avg(json_extract(body, '$.seconds')) from record join point on key = point"
-            " where json_extract(identity, '$.model.name') = ?"
+            " where json_valid(body) and json_extract(identity, '$.model.name') = ?"
             " and json_extract(identity, '$.task.name') = ?",
             model,
             task,
@@ -162,6 +182,16 @@ class Ledger:
             yield self._db
 
 
+def _check_header(path: Path) -> None:
+    """Raise ValueError for a file of something else: SQLite overwrites one that is short."""
+    journal = path.with_name(f"{path.name}-journal")  # of a first page that was being written
+    if path.is_file() and not journal.exists():
+        with path.open("rb") as file:
+            start = file.read(len(_HEADER))
+        if start and start != _HEADER:
+            raise ValueError(f"{path} is no ledger; move it away, or choose another output_dir")
+
+
 def check_record(record: Mapping[str, Any]) -> None:
     """Raise ValueError unless a record has every field, no other, and a score or an error."""
     missing = [name for name in FIELDS if name not in record]
@@ -170,6 +200,12 @@ def check_record(record: Mapping[str, Any]) -> None:
         raise ValueError(f"record: missing fields {missing}, unknown fields {extra}")
     if (record["score"] is None) == (record["error"] is None):
         raise ValueError("record: exactly one of score and error must be set")
+    for name, kinds in _KINDS.items():
+        value = record[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"record: {name}={value!r} is not {_NAMES[name]}")
+    if record["sample"] < 0 or not math.isfinite(record["finished_at"]):
+        raise ValueError("record: sample is negative, or finished_at is no time")
 
 
 @contextlib.contextmanager

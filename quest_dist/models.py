@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quest_dist import bundled
+from quest_dist import bundled, weights
 from quest_dist.suggest import did_you_mean
 from quest_dist.tasks.prompt import CHAT_CHOICES, Language, chat_format
 
@@ -102,12 +102,7 @@ def _local(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"model.path={path!r} is not a folder")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model.path={path!r} has no config.json, so it holds no model")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"model.path={path!r} has no .safetensors weights (other formats are refused)"
-        )
+    weights.check_folder(folder, f"model.path={path!r}")
     return folder
 
 
@@ -212,6 +207,7 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
         where = _local(read["path"])
     else:
         where, extra = read["repo"], {"revision": read["revision"]}
+        weights.check_repository(read["repo"], read["revision"])
     placed = place(device)
     check_device(f"model.dtype={read['dtype']}", placed, getattr(torch, read["dtype"]))
     # Bars of a hundred weights say nothing in a worker, and cover the sweep's own.

@@ -233,6 +233,8 @@ def _rule(
 ) -> dict[str, tuple[Any, ...]]:
     if not rule:
         raise ValueError("exclude: an empty rule would drop every point")
+    if not isinstance(rule, Mapping):
+        raise ValueError(f"exclude: {rule!r} is no rule; expected one as in {{method: h2o}}")
     checked: dict[str, tuple[Any, ...]] = {}
     for axis, value in rule.items():
         if axis not in AXES:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from quest_dist import redact
 from quest_dist.cluster import available_cpus
 
 OS_RELEASE = "/etc/os-release"
@@ -25,7 +26,7 @@ PACKAGES = ("torch", "transformers", "ray", "mlflow", "numpy", "matplotlib")
 @dataclass(frozen=True)
 class Provenance:
     """The command, the composed configuration (YAML, unresolved), git facts, and the hardware and
-    software that compute."""
+    software that compute; without secrets, since all of it is kept and shown."""
 
     command: str = ""
     config: str = ""
@@ -37,9 +38,10 @@ class Provenance:
     @classmethod
     def here(cls, arguments: Sequence[str], config: str, device: str = "cpu") -> Provenance:
         """Return what is true of this process and machine, whose workers compute on `device`."""
-        command = shlex.join(["python", "-m", "quest_dist.sweep", *arguments])
+        told = tuple(redact.text(argument) for argument in arguments)
+        command = shlex.join(["python", "-m", "quest_dist.sweep", *told])
         known = git(), hardware(device), environment(device)
-        return cls(command, config, tuple(arguments), *known)
+        return cls(command, redact.text(config), told, *known)
 
     def save(self, directory: Path) -> None:
         """Keep config.yaml and overrides.yaml in a folder named by the time, as Hydra would."""

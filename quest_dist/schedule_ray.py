@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import quest_dist
+from quest_dist import redact
 from quest_dist.cluster import Cluster, Workers, check_fits
 from quest_dist.plan import Unit
 from quest_dist.schedule import Round, by_model, can_retry, resolve
@@ -60,6 +61,7 @@ class Tuned:
         self.storage, self.run_unit = storage.absolute(), run_unit
         self._started = False
         self._rounds = 0
+        self._secrets: dict[str, str] = {}
 
     def __enter__(self) -> Tuned:
         """Connect."""
@@ -101,6 +103,8 @@ class Tuned:
         paths = [str(Path(quest_dist.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
         carried["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         env = {**_SETTINGS, **carried, **self.cluster.env}
+        # A runtime environment stands in the cluster's logs and dashboard: no place for a secret.
+        self._secrets = {name: env.pop(name) for name in list(env) if redact.is_secret(name)}
         try:
             ray.init(
                 address=address,
@@ -144,7 +148,7 @@ class Tuned:
 
         name = f"round-{os.getpid()}-{self._rounds}"
         tuner = tune.Tuner(
-            tune.with_resources(evaluate, bundle),
+            tune.with_resources(self._evaluator(), bundle),
             param_space=config,
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
@@ -173,6 +177,12 @@ class Tuned:
         # An interrupted fit() returns as if all had gone well; only what arrived can tell.
         current.interrupted = len(reached) < len(current.units) and current.error is None
 
+    def _evaluator(self) -> Any:
+        """What a trial calls; secrets reach it through Ray's object store, which nobody prints."""
+        if not self._secrets:
+            return evaluate
+        return tune.with_parameters(evaluate, secrets=self._secrets)
+
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
@@ -190,8 +200,12 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def evaluate(config: Mapping[str, Any]) -> None:
-    """Run one unit in a worker: one Tune report a sample, a last one for what broke it."""
+def evaluate(config: Mapping[str, Any], secrets: Mapping[str, str] | None = None) -> None:
+    """Run one unit in a worker: one Tune report a sample, a last one for what broke it.
+
+    `secrets` are environment variables that it needs and that must not be kept anywhere.
+    """
+    os.environ.update(secrets or {})
     sys.path += [path for path in config["import_path"] if path not in sys.path]
     try:
         run_unit = resolve(config["run_unit"])

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,8 @@ from quest_dist.suggest import did_you_mean
 PRESENTATION = frozenset({"label", "title", "color", "marker", "budgeted", "shape", "about"})
 #: Settings that say how much is measured; records are kept by sample, so they name nothing.
 QUANTITY = frozenset({"samples"})
-_TARGET_PREFIX = "quest_dist."
+#: Whose classes a configuration may have made: a name is no way to reach any other code.
+_TARGETS = re.compile(r"quest_dist\.(?:methods|tasks)(?:\.[a-z][a-z0-9_]*)+\.[A-Za-z][A-Za-z0-9]*")
 
 
 def canonical(value: Any) -> str:
@@ -67,14 +69,16 @@ class Spec:
         return canonical({"name": self.name, **self.identity})
 
     def target(self) -> Callable[..., Any]:
-        """Import and return the class or function that `_target_` names.
+        """Import and return the class that `_target_` names.
 
-        Raises ValueError when there is no target or it lies outside quest_dist.
+        Raises ValueError for anything but a class that a module of quest_dist.methods or
+        quest_dist.tasks defines itself: what it imports from elsewhere is not reached through it.
         """
         path = str(self.settings.get("_target_", ""))
-        if not path.startswith(_TARGET_PREFIX):
+        if not _TARGETS.fullmatch(path):
             raise ValueError(
-                f"{self.name}: _target_ must start with '{_TARGET_PREFIX}', got '{path}'"
+                f"{self.name}: _target_ must name a class of quest_dist.methods or"
+                f" quest_dist.tasks (quest_dist.methods.MODULE.CLASS), got '{path}'"
             )
         module_name, _, attribute = path.rpartition(".")
         try:
@@ -84,10 +88,11 @@ class Spec:
                 raise ValueError(f"{self.name}: _target_ names no module: '{path}'") from error
             raise
         found = getattr(module, attribute, None)
-        if not callable(found):
-            hint = did_you_mean(attribute, (n for n in vars(module) if not n.startswith("_")))
+        if not (isinstance(found, type) and found.__module__ == module_name):
+            own = [n for n, v in vars(module).items() if _is_public_class(n, v, module_name)]
+            hint = did_you_mean(attribute, own)
             raise ValueError(f"{self.name}: no '{attribute}' in {module_name}; {hint}")
-        return found  # type: ignore[no-any-return]
+        return found
 
     def build(self, **extra: Any) -> Any:
         """Call the target with the settings (less presentation keys) and `extra`.
@@ -113,7 +118,11 @@ class Spec:
             ]
             if absent:
                 raise ValueError(f"{self.name}.{absent[0]}: this setting is required and not set")
-        return target(**settings, **extra)
+        try:
+            return target(**settings, **extra)
+        except (TypeError, AttributeError) as error:  # a list where a number belongs
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.name}: a setting has the wrong type ({told})") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain JSON."""
@@ -129,6 +138,10 @@ class Spec:
 def with_content(spec: Spec, content: Mapping[str, Any]) -> Spec:
     """Return the spec with `content` as what its identity holds."""
     return replace(spec, content=json.loads(canonical(content)))
+
+
+def _is_public_class(name: str, value: object, module: str) -> bool:
+    return isinstance(value, type) and value.__module__ == module and not name.startswith("_")
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ only once a sweep really starts, so that --help and --cfg answer at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 FINISHED, INCOMPLETE, MISTAKE = 0, 1, 2
+#: Options with which Hydra prints something; it is never let run anything (compose says why).
+PRINTING = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}
+PRINTING |= {"--shell-completion", "-sc"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,25 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _hydra(arguments: list[str]) -> int:
-    """Let Hydra compose (or print, or help), and run what it composed."""
-    import hydra
-
+    """Compose and run; or let Hydra print, where an option asks for that."""
     refused = {"-m", "--multirun"} & set(arguments)
     if refused:
         raise ValueError(
             f"{refused.pop()}: a sweep expands its own grid; give lists instead,"
             " as in 'grid.budget=[256,512]'"
         )
-    compose.register(arguments)
-    composed: list[tuple[dict[str, Any], str]] = []
-    mistake: ValueError | None = None
+    options = [argument.split("=")[0] for argument in arguments if argument.startswith("-")]
+    if not options:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        return _run(*compose.composed_with_text(arguments), arguments)
+    if not PRINTING & set(options):
+        raise ValueError(f"{options[0]}: a sweep is run by overrides alone; see --help")
+    import hydra
+
+    compose.check_printable([a for a in arguments if a[:1] != "-" and ("=" in a or a[:1] == "~")])
 
     def task(cfg: DictConfig) -> None:
-        nonlocal mistake
-        try:
-            composed.append((compose.plain(cfg), compose.text(cfg)))
-        except ValueError as error:  # kept from Hydra, which would add words of its own
-            mistake = error
+        raise AssertionError("Hydra was asked to print")
 
     # Hydra would print and exit by itself; the errors are ours to explain.
     wanted = os.environ.get("HYDRA_FULL_ERROR")
@@ -78,9 +82,7 @@ def _hydra(arguments: list[str]) -> int:
         del os.environ["HYDRA_FULL_ERROR"]
         if wanted is not None:
             os.environ["HYDRA_FULL_ERROR"] = wanted
-    if mistake is not None:
-        raise mistake
-    return _run(*composed[0], arguments) if composed else FINISHED
+    return FINISHED
 
 
 def _run(config: dict[str, Any], text: str, arguments: list[str]) -> int:

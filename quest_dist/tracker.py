@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from quest_dist import mlflow_store, plan, projection
+from quest_dist import mlflow_store, plan, projection, redact
 from quest_dist.mlflow_store import Store
 from quest_dist.projection import Sweep
 from quest_dist.table import Record, Row, to_csv
@@ -91,7 +91,7 @@ class Tracker:
         """Address of the sweep's curves: score against budget, as charts. Empty before a sync."""
         if self._store is None:
             return ""
-        base = self.uri.rstrip("/") if self.uri.startswith("http") else host
+        base = redact.text(self.uri).rstrip("/") if self.uri.startswith("http") else host
         wanted = f"tags.`quest.kind` = 'curve' and tags.`quest.sweep` = '{self.sweep.name}'"
         place = f"{base}/#/experiments/{self._store.experiment_id}/runs"
         return f"{place}?compareRunsMode=CHART&searchFilter={quote(wanted)}"
@@ -100,7 +100,16 @@ class Tracker:
         """What starts MLflow's pages on this store; empty where a server runs already."""
         if self.uri.startswith("http"):
             return ""
-        return f"mlflow ui --workers 1 --backend-store-uri {self.uri}"
+        told = redact.text(self.uri)
+        if told != self.uri and self.uri == os.environ.get("MLFLOW_TRACKING_URI"):
+            told = '"$MLFLOW_TRACKING_URI"'  # which the shell knows and nobody has to see
+        return f"mlflow ui --workers 1 --backend-store-uri {told}"
+
+    @property
+    def artifacts(self) -> Path:
+        """Where a database without a server keeps artifacts; inside `output_dir` by any name."""
+        parts = [part for part in self.experiment.split("/") if part.strip(".")]
+        return self.output_dir.joinpath("mlartifacts", *(parts or ["unnamed"]))
 
     def _try(self, write: Callable[[], None]) -> bool:
         try:
@@ -108,9 +117,8 @@ class Tracker:
         except Exception as error:  # whatever MLflow raises, the sweep goes on
             self._failed_at, self._store = time.monotonic(), None
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            log.warning(
-                "MLflow at %s: %s (results are safe; the next sync adds them)", self.uri, first
-            )
+            told = redact.text(f"{self.uri}: {first}")
+            log.warning("MLflow at %s (results are safe; the next sync adds them)", told)
             return False
         self._failed_at = None
         return True
@@ -120,7 +128,7 @@ class Tracker:
         if self._store is None:
             # A server keeps artifacts itself; a bare database would put them where we stand.
             own = not self.uri.startswith(("http://", "https://", "databricks"))
-            artifacts = self.output_dir / "mlartifacts" / self.experiment if own else None
+            artifacts = self.artifacts if own else None
             self.output_dir.mkdir(parents=True, exist_ok=True)
             client = mlflow_store.connect(self.uri)
             self._shown, self._logged = {}, {}

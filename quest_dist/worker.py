@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from quest_dist import redact
 from quest_dist.plan import Point, Unit, canonical
 
 if TYPE_CHECKING:
@@ -149,6 +151,8 @@ def _record(
                 f" {low:.1f} to {high:.1f} planned"
             )
         score = float(task.score(sample, result.outcome))
+        if not math.isfinite(score):
+            raise ArithmeticError(f"the score is {score}")
         curve = task.curve(sample, result.outcome)
     except Exception as error:
         return failed(point, task.metric, index, describe(error), sample)
@@ -200,6 +204,6 @@ def failed(
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception as one line: its class and message."""
-    text = " ".join(str(error).split())
+    """Return an exception as one line: its class and message, without secrets."""
+    text = " ".join(redact.text(str(error)).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -20,18 +20,18 @@ DOORS = {
     "matplotlib": ("figures/",),
     "hydra": ("sweep", "compose", "mistakes"),
     "omegaconf": ("sweep", "compose", "mistakes"),
-    "sqlite3": ("ledger",),
+    "sqlite3": ("ledger", "doctor/"),
     "jinja2": ("report/",),
     "flashinfer": ("on_flashinfer",),
     "rich": ("progress", "closing", "estimate", "launch", "bench/"),
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
-    ("suggest", "folders", "spec", "plan", "cluster"),
+    ("suggest", "folders", "redact", "spec", "plan", "cluster"),
     ("_cpu", "_cuda", "backend", "metadata", "arguments", "reference", "reference_prefill"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
-    ("pool", "batch", "methods/", "bundled", "details", "timing", "graphs"),
+    ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs"),
     ("table", "ordering", "lossless", "matched"),
     ("attention", "models", "overview", "projection", "attention_sides"),
     (
@@ -52,7 +52,7 @@ LAYERS = (
     ("schedule", "work", "follow", "progress", "closing", "welcome"),
     ("estimate", "reported"),
     ("launch", "compose", "mistakes"),
-    ("sweep", "figures/__main__", "bench/"),
+    ("sweep", "figures/__main__", "bench/", "doctor/"),
 )
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from quest_dist import plan
 from quest_dist.plan import Point, Spec, Unit
 
+PASSKEY = "quest_dist.tasks.passkey.Passkey"
+
 
 def only(**lists: object) -> Point:
     (found,) = grids.points(**lists)  # type: ignore[arg-type]
@@ -164,29 +166,23 @@ def test_unit_survives_its_trip_through_json() -> None:
 
 
 def test_build_imports_the_target_and_passes_settings_only() -> None:
-    spec = Spec("paged", {"_target_": "quest_dist.cluster.Workers", "label": "x", "cpus": 2})
-    assert spec.build(count=1, gpus=0.0).cpus == 2
+    spec = Spec("lines", {"_target_": PASSKEY, "label": "x", "length": 300})
+    assert spec.build(samples=4).length == 300
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"_target_": "os.system"}, r"_target_ must start with 'quest_dist.'"),
-        ({}, r"_target_ must start"),
-        ({"_target_": "quest_dist.nowhere.Thing"}, r"names no module"),
-        ({"_target_": "quest_dist.cluster.Worker"}, r"no 'Worker'.*did you mean 'Workers'"),
-        (
-            {"_target_": "quest_dist.cluster.Workers", "count": 1, "cpu": 1, "gpus": 0},
-            r"paged.cpu: no such setting; did you mean 'cpus'",
-        ),
-        (
-            {"_target_": "quest_dist.cluster.Workers", "cpus": 1, "gpus": 0},
-            r"paged.count: .*required",
-        ),
+        ({"_target_": "os.system"}, r"_target_ must name a class of quest_dist.methods or"),
+        ({}, r"_target_ must name"),
+        ({"_target_": "quest_dist.tasks.nowhere.Thing"}, r"names no module"),
+        ({"_target_": "quest_dist.tasks.passkey.PassKey"}, r"no 'PassKey'.*did you mean 'Passkey'"),
+        ({"_target_": PASSKEY, "lengths": 300}, r"lines.lengths: no such setting; .*'length'"),
+        ({"_target_": "quest_dist.tasks.files.Files"}, r"lines.root: .*required"),
     ],
 )
 def test_build_refuses_what_the_target_does_not_take(
     settings: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Spec("paged", settings).build()
+        Spec("lines", settings).build()

@@ -134,10 +134,11 @@ class Odd:
 
 
 def test_a_class_that_is_no_task_is_refused(monkeypatch):
-    module = ModuleType("quest_dist.odd")
+    module = ModuleType("quest_dist.tasks.odd")
     module.Odd = Odd
-    monkeypatch.setitem(sys.modules, "quest_dist.odd", module)
+    monkeypatch.setattr(Odd, "__module__", module.__name__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     grid = ("grid.task=[odd]", "grid.model=[smollm2]", "grid.method=[full]")
-    config = compose.composed(["+task.odd={_target_: quest_dist.odd.Odd}", *grid])
+    config = compose.composed(["+task.odd={_target_: quest_dist.tasks.odd.Odd}", *grid])
     with pytest.raises(ValueError, match=r"^task odd: Odd is no Task of quest_dist"):
         prepare(config)

@@ -2,7 +2,8 @@
 
 `run` has the signature of `quest_dist.worker.run`. The environment slows it down (TINY_SECONDS),
 logs each sample it starts (TINY_LOG), or breaks it: TINY_KILL_AT and TINY_RAISE_AT name a sample,
-TINY_ERROR_AT a sample whose records carry an error, TINY_REFUSE refuses the whole unit.
+TINY_ERROR_AT a sample whose records carry an error, TINY_REFUSE refuses the whole unit. TINY_SEES
+names a variable, whose length ends the line of TINY_LOG.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[st
         if log := os.environ.get("TINY_LOG"):
             first = work.first
             line = f"{first.task.name} {index} {len(work.points)} {first.model.name} {os.getpid()}"
+            if sees := os.environ.get("TINY_SEES"):
+                line += f" {len(os.environ.get(sees, ''))}"
             with Path(log).open("a") as file:
                 file.write(line + "\n")
         if os.environ.get("TINY_KILL_AT") == str(index):

@@ -52,6 +52,8 @@ class Hub(Stored):
         for key, value in (("file", file), ("books_file", books_file)):
             if not value.endswith((".zip", ".jsonl", ".parquet")):
                 raise ValueError(f"data.{key}={value!r} is not a .zip, .jsonl or .parquet file")
+            if value.startswith(("/", "~")) or ".." in value.split("/"):
+                raise ValueError(f"data.{key}={value!r} is no path inside the repository")
         self.repo, self.revision, self.file, self.member = repo, revision, file, member
         self.books_repo, self.books_revision = books_repo, books_revision
         self.books_file = books_file

@@ -129,6 +129,8 @@ def parse_lines(data: bytes, where: str) -> list[tuple[str, object]]:
             values.append((place, json.loads(line)))
         except ValueError as error:  # also UnicodeDecodeError
             raise ValueError(f"{place}: not JSON ({error})") from None
+        except RecursionError:
+            raise ValueError(f"{place}: not JSON that can be read (nested too deep)") from None
     if not values:
         raise ValueError(f"{where}: no records")
     return values
@@ -146,4 +148,11 @@ def checked(record: object, where: str) -> Record:
         raise ValueError(f"{where}: field 'answers' is missing or not a list of at least one text")
     if not record["context"]:
         raise ValueError(f"{where}: field 'context' is empty")
+    for text in (record["context"], record["input"], *answers):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can name halves of a character
+            raise ValueError(
+                f"{where}: text with {text[error.start]!r}, which is no character"
+            ) from None
     return record

@@ -1,0 +1,66 @@
+"""Weights: which files a model's weights may be read from: its own safetensors, nothing else.
+
+transformers reads what an index or a configuration names, and unpickles what is no safetensors; so
+both are looked at first. Standard library and huggingface_hub only, the latter for repositories.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+
+def check_folder(folder: Path, where: str) -> None:
+    """Raise ValueError, which begins with `where`, unless a folder's weights are its own
+    safetensors."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{where} has no config.json, so it holds no model")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{where} has no .safetensors weights (other formats are refused)")
+    for name in (CONFIG, INDEX):
+        if (folder / name).is_file():
+            _check(folder / name, where)
+
+
+def check_repository(repo: str, revision: str) -> None:
+    """Raise ValueError where a repository's index or configuration names other weights.
+
+    What is not in it, or not in the cache of a machine without network, is not looked at.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    for name in (CONFIG, INDEX):
+        try:
+            path = huggingface_hub.hf_hub_download(repo, name, revision=revision)
+        except EntryNotFoundError:  # in the repository, or in the cache
+            continue
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"model {repo}: cannot be loaded ({reason})") from error
+        _check(Path(path), f"model.repo={repo!r}")
+
+
+def _check(path: Path, where: str) -> None:
+    try:
+        read: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} cannot be loaded: {path.name} is no JSON ({error})") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{where} cannot be loaded: {path.name} is not a JSON object")
+    if path.name == CONFIG:
+        named = [read["transformers_weights"]] if "transformers_weights" in read else []
+    else:
+        shards = read.get("weight_map")
+        named = list(shards.values()) if isinstance(shards, dict) else [shards]
+    for name in named:
+        own = isinstance(name, str) and name.endswith(".safetensors")
+        if not own or "/" in name or "\\" in name:
+            raise ValueError(
+                f"{where}: {path.name} names the weights {name!r}; only its own .safetensors"
+                " files are read"
+            )
