@@ -122,6 +122,8 @@ class Tracker:
             own = not self.uri.startswith(("http://", "https://", "databricks"))
             artifacts = self.output_dir / "mlartifacts" / self.experiment if own else None
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            if self.local:
+                mlflow_store.create(self.output_dir / "mlflow.db")
             client = mlflow_store.connect(self.uri)
             self._shown, self._logged = {}, {}
             self._store = Store(client, self.experiment, artifacts, self._tags())
