@@ -16,23 +16,24 @@ Units are arithmetic (tiny_unit); Ray, the ledger, MLflow and the command are th
 from __future__ import annotations
 
 import argparse
+import json
 import random
-import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import tiny_sweep  # noqa: E402
+from chaos_outcome import mlflow_problems, spread, told  # noqa: E402
 from processes import Launch, kill  # noqa: E402
 from tiny_unit import Started, begun  # noqa: E402
 
-from quest_dist import mlflow_store  # noqa: E402
+from quest_dist.bench.report import machine  # noqa: E402
 from quest_dist.ledger import Ledger  # noqa: E402
 
 SAMPLES, SECONDS = 8, 0.4  # of each seed; of each sample
@@ -201,35 +202,8 @@ class Chaos:
         for number, launch in enumerate(self.launches):
             if number not in killed and "Traceback" in launch.said.read_text(errors="replace"):
                 self.problems.append(f"launch {number} ended in a traceback")
-        self._check_mlflow()
-
-    def _check_mlflow(self) -> None:
-        client = mlflow_store.connect(f"sqlite:///{self.out}/mlflow.db")
-        experiment = client.get_experiment_by_name("quest_dist/tiny")
-        if experiment is None:
-            self.problems.append("MLflow has no experiment")
-            return
-        # Deleted runs too: only curves may be made again.
-        runs = [
-            run
-            for run in client.search_runs(
-                [experiment.experiment_id], max_results=5000, run_view_type=3
-            )
-            if run.data.tags.get("quest.kind") == "point"
-        ]
-        logged = Counter(run.data.tags["quest.point"] for run in runs)
-        wanted = Counter(p.key for p in tiny_sweep.points(self.out, *self._overrides()))
-        if logged != wanted:
-            self.problems.append(f"MLflow has {logged.total()} points for {wanted.total()}")
-        if states := {run.info.status for run in runs} - {"FINISHED"}:
-            self.problems.append(f"MLflow has points that are {', '.join(sorted(states))}")
-        for run in runs:
-            for name in run.data.metrics:
-                found = [
-                    (m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)
-                ]
-                if len(found) != len(set(found)) or found[-1][0] != SAMPLES:
-                    self.problems.append(f"MLflow has {name} of {run.info.run_name} as {found}")
+        wanted = [point.key for point in tiny_sweep.points(self.out, *self._overrides())]
+        self.problems += mlflow_problems(self.out / "mlflow.db", wanted, SAMPLES)
 
     def wasted(self) -> int:
         """Samples whose evaluation was begun and came to nothing."""
@@ -254,31 +228,28 @@ class Chaos:
         ended = {k.launch: k.at for k in self.kills if k.kind != "worker"}
         return [self.gone[n][what] - at for n, at in ended.items() if what in self.gone[n]]
 
-    def report(self) -> str:
-        """What happened, in a few lines."""
-        counts = Counter(kill.kind for kill in self.kills)
+    def result(self) -> dict[str, Any]:
+        """What happened, as JSON."""
         total = self.seeds * SAMPLES
-        lines = [
-            f"{len(self.kills)} kills ({', '.join(f'{n} {k}' for k, n in sorted(counts.items()))}),"
-            f" {len(self.launches)} launches",
-            f"{total} samples of {3 * self.seeds} points; {self.wasted()} more were begun and lost"
-            f" ({self.wasted() / len(self.kills):.2f} a kill)",
-        ]
-        for kind in VICTIMS:
-            after = self.recoveries(kind)
-            lines.append(f"{kind} killed: {_seconds(after)} until a new process evaluates")
-        lines += [
-            f"driver or raylet killed: {_seconds(self.lingering('workers'))} until no worker,"
-            f" {_seconds(self.lingering('all'))} until no process is left",
-            *(f"FAILED: {problem}" for problem in self.problems),
-        ]
-        return "\n".join(lines)
-
-
-def _seconds(found: list[float]) -> str:
-    if not found:
-        return "(never seen)"
-    return f"{statistics.median(found):.1f} s (at most {max(found):.1f}, of {len(found)})"
+        return {
+            "benchmark": "a sweep whose processes are killed at random until it ends",
+            "machine": machine(),
+            "kills": dict(Counter(kill.kind for kill in self.kills)),
+            "launches": len(self.launches),
+            "workers": self.workers,
+            "points": 3 * self.seeds,
+            "samples": total,
+            "seconds_a_sample": SECONDS,
+            "samples_begun_for_nothing": self.wasted(),
+            "seconds_to_a_new_process_that_evaluates": {
+                kind: spread(self.recoveries(kind)) for kind in VICTIMS
+            },
+            "seconds_until_gone": {
+                "workers": spread(self.lingering("workers")),
+                "every process": spread(self.lingering("all")),
+            },
+            "problems": self.problems,
+        }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -289,16 +260,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="a new folder for everything that is written")
+    parser.add_argument("--json", type=Path, help="a file for the result")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="chaos-") as made:
         folder = given.keep or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
         chaos = Chaos(folder, given.kills, given.seed, given.workers)
         chaos.run()
-        print(chaos.report())
-    passed = len(chaos.kills) - (len(chaos.kills) if chaos.problems else 0)
-    print(f"passed: {passed} of {given.kills} kills survived")
-    return 1 if chaos.problems or passed < given.kills else 0
+        result = {"seed": given.seed, **chaos.result()}
+        print(told(result))
+        if given.json:
+            given.json.write_text(json.dumps(result, indent=1) + "\n")
+    survived = 0 if chaos.problems else len(chaos.kills)
+    print(f"{survived} of {given.kills} kills survived")
+    return 0 if survived == given.kills else 1
 
 
 if __name__ == "__main__":

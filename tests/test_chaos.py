@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import chaos
 import pytest
-
-chaos = pytest.importorskip("chaos")
+from chaos_outcome import told
 
 
 @pytest.mark.slow
 def test_a_sweep_survives_the_death_of_each_of_its_processes(tmp_path: Path) -> None:
     made = chaos.Chaos(tmp_path, kills=3, seed=4, workers=2)
     made.run()
-    print(made.report())
+    print(told(made.result()))
     assert made.problems == []
     assert sorted(kill.kind for kill in made.kills) == ["driver", "raylet", "worker"]
