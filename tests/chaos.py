@@ -73,7 +73,7 @@ class Chaos:
                     self.problems.append("launches end before anything is killed")
                     break
                 self._launch()
-                while not self._ended() and len(self.kills) < self.wanted:
+                while not (self._ended() or self.problems) and len(self.kills) < self.wanted:
                     self._kill(self._victim())
             (self.folder / "go").touch()
             status = self._end()
@@ -121,7 +121,9 @@ class Chaos:
         launch, number = self.launches[-1], len(self.launches) - 1
         moment = self.random.uniform(0, VICTIMS[kind])
         if kind != "driver":
-            self._wait(MOST_SECONDS, lambda: launch.ended() or launch.processes(kind))
+            there = self._wait(MOST_SECONDS, lambda: launch.ended() or launch.processes(kind))
+            if not there:
+                self.problems.append(f"launch {number} has no {kind}")
         self._wait(moment, launch.ended)
         found = [] if launch.ended() else launch.processes(kind)
         if not found or not kill(self.random.choice(found).pid):
