@@ -45,7 +45,6 @@ from ray import tune  # noqa: E402
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
 from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 
-ORPHAN_SECONDS = "15"
 REPLACEMENT_SECONDS = 120.0  # that a unit waits, at most, for the worker which starts for it
 OBJECT_STORE_BYTES = 200 * 2**20  # reports are small; Ray would take 30 % of the memory
 #: Variables of the driver that the workers of an attached cluster get too.
@@ -91,8 +90,6 @@ class Tuned:
     def _start(self) -> None:
         # Ray listens on every interface unless it thinks that nodes cannot join.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # What outlives a killed driver waits so long for a Ray that never comes back.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", ORPHAN_SECONDS)
         ray.init(
             address="local",
             num_cpus=self.cpus,
@@ -218,7 +215,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
             raise  # a fresh process for whatever comes next
 
 
-class Replacing(FIFOScheduler):  # type: ignore[misc]
+class Replacing(FIFOScheduler):
     """Units in order, but none that a new worker is being started for.
 
     Tune alone would hand that unit to whichever worker ends first and stop the one that starts: a
@@ -226,7 +223,7 @@ class Replacing(FIFOScheduler):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._most = 0  # workers at once, as far as seen
         self._since: dict[str, float] = {}  # trial -> when it was first left to a new worker
 

@@ -54,7 +54,11 @@ class Kill(NamedTuple):
 class Chaos:
     """One sweep in `folder`; afterwards `problems` says what did not hold."""
 
-    def __init__(self, folder: Path, kills: int, seed: int, workers: int) -> None:
+    def __init__(
+        self, folder: Path, kills: int, seed: int, workers: int, patience: str = "all"
+    ) -> None:
+        """`patience`: whether the end of all processes is waited for, or of the workers alone."""
+        self.patience = patience
         self.folder, self.out = folder, folder / "outputs"
         self.wanted, self.random = kills, random.Random(seed)
         self.workers, self.seeds = workers, max(3, kills)
@@ -83,7 +87,7 @@ class Chaos:
                     status = self._end()
             if status != 0:
                 self.problems.append(f"the sweep ended with exit status {status}")
-            self._wait(MOST_SECONDS, lambda: all("all" in g for g in self.gone.values()))
+            self._wait(MOST_SECONDS, lambda: all(self.patience in g for g in self.gone.values()))
             self._check()
         finally:
             for launch in self.launches:
@@ -196,7 +200,7 @@ class Chaos:
                 self.problems.append(f"launch {number} evaluated again {sorted(again)}")
         if self.wasted() > len(self.kills) * self.workers:
             self.problems.append(f"{self.wasted()} samples were evaluated for nothing")
-        if left := [n for n, gone in self.gone.items() if "all" not in gone]:
+        if left := [n for n, gone in self.gone.items() if self.patience not in gone]:
             self.problems.append(f"processes of launches {left} are left")
         if list(self.out.rglob("round-*")):
             self.problems.append("Tune's files are left")

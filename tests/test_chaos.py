@@ -11,7 +11,7 @@ from chaos_outcome import told
 
 @pytest.mark.slow
 def test_a_sweep_survives_the_death_of_each_of_its_processes(tmp_path: Path) -> None:
-    made = chaos.Chaos(tmp_path, kills=3, seed=4, workers=2)
+    made = chaos.Chaos(tmp_path, kills=3, seed=4, workers=2, patience="workers")
     made.run()
     print(told(made.result()))
     assert made.problems == []
