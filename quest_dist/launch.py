@@ -136,7 +136,7 @@ def _run(
             return not work.alone or _round(
                 now, ledger, work, work.alone, work.one, run_units, changed, out
             )
-    except KeyboardInterrupt:  # while Ray was stopping
+    except (KeyboardInterrupt, SystemExit):  # while Ray was stopping; what it makes of SIGTERM
         return False
 
 

@@ -7,15 +7,19 @@ Invariants:
   sample succeeds; so a second launch retries it.
 * A batch that `add` returned from is on disk (one transaction, synchronous=FULL).
 * Only the driver of a sweep writes; `lock` keeps a second driver out of the same directory.
+* A disk that takes no more is an OSError, a damaged file a ValueError, both naming the file; what
+  was there stays as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
+import socket
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +38,13 @@ create table if not exists failure(
   primary key (point, sample)) without rowid;
 """
 _HEADER = b"SQLite format 3\0"
+#: What SQLite says of a disk, as the system says it; and of a file that is no ledger any more.
+_DISK = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+}
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 #: Every record carries these; `check_record` names what is missing.
 FIELDS = (
     "point",
@@ -77,17 +88,16 @@ class Ledger:
         _check_header(self.path)
         self._db = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
         try:
-            self._db.execute("pragma synchronous=full")
             with self._transaction() as db:
+                db.execute("pragma synchronous=full")
                 for statement in _SCHEMA.split(";"):
                     db.execute(statement)
-        except sqlite3.OperationalError:  # locked, or a full disk: no matter of what it holds
-            raise
-        except sqlite3.DatabaseError as error:
+                ((size,),) = db.execute("pragma page_size")
+            if self.path.stat().st_size % size:  # SQLite reads what is cut off a page as zeros
+                raise self._damaged("its last page is cut")
+        except BaseException:
             self._db.close()
-            raise ValueError(
-                f"{self.path} is no ledger ({error}); move it away, or choose another output_dir"
-            ) from None
+            raise
 
     def __enter__(self) -> Ledger:
         return self
@@ -170,16 +180,38 @@ class Ledger:
 
     def _bodies(self, table: str, point: str) -> list[dict[str, Any]]:
         rows = self._read(f"select body from {table} where point = ? order by sample", point)
-        return [json.loads(row[0]) for row in rows]
+        try:
+            return [json.loads(row[0]) for row in rows]
+        except ValueError as error:
+            raise self._damaged(f"{table} of {point}: {error}") from error
 
     def _read(self, sql: str, *values: Any) -> Sequence[tuple[Any, ...]]:
-        with self._lock:
+        with self._lock, self._explained():
             return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._db:
+        with self._lock, self._explained(), self._db:
             yield self._db
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise what SQLite says of the disk and the file as what it is."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in _DISK:
+                raise OSError(_DISK[code], str(error), str(self.path)) from error
+            if code in _DAMAGED:
+                raise self._damaged(str(error)) from error
+            raise
+
+    def _damaged(self, found: str) -> ValueError:
+        return ValueError(
+            f"{self.path} is damaged ({found}): put a copy of it back, or move it away and every"
+            " record is computed again"
+        )
 
 
 def _check_header(path: Path) -> None:
@@ -227,6 +259,6 @@ def lock(directory: str | Path) -> Iterator[None]:
                 " wait for it, or choose another output_dir"
             ) from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,23 @@ def connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def create(path: Path) -> None:
+    """Make MLflow's SQLite file, unless it is there; for one process at a time.
+
+    It appears whole or not at all: killed while it makes its tables, MLflow would leave some that
+    it can neither use nor complete.
+    """
+    if path.exists():
+        return
+    folder = path.with_name(f".{path.name}.new")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    made = folder / path.name
+    connect(f"sqlite:///{made}").search_experiments(max_results=1)
+    made.rename(path)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ import ray  # noqa: E402
 import ray.exceptions  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
+from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 
+REPLACEMENT_SECONDS = 120.0  # that a unit waits, at most, for the worker which starts for it
 OBJECT_STORE_BYTES = 200 * 2**20  # reports are small; Ray would take 30 % of the memory
 #: Variables of the driver that the workers of an attached cluster get too.
 _CARRIED = ("HF_", "QUEST_", "OMP_", "TOKENIZERS_")
@@ -64,7 +67,9 @@ class Tuned:
         self._secrets: dict[str, str] = {}
 
     def __enter__(self) -> Tuned:
-        """Connect."""
+        """Connect; what a killed driver left of its rounds goes, for nothing reads it."""
+        for left in self.storage.glob("round-*"):
+            shutil.rmtree(left, ignore_errors=True)
         try:
             if not ray.is_initialized():
                 self._started = True
@@ -152,6 +157,7 @@ class Tuned:
             param_space=config,
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
+                scheduler=Replacing(),
                 trial_name_creator=lambda trial: f"unit-{trial.config['unit']['key'][:8]}",
                 trial_dirname_creator=lambda trial: f"{trial.trial_id}",
             ),
@@ -168,6 +174,9 @@ class Tuned:
         try:
             with _quiet():
                 tuner.fit()
+        except Exception:
+            if current.error is None:  # else Tune met the same full disk
+                raise
         finally:
             shutil.rmtree(self.storage / name, ignore_errors=True)
         reached = set(current.broken)
@@ -218,6 +227,32 @@ def evaluate(config: Mapping[str, Any], secrets: Mapping[str, str] | None = None
         )
         if can_retry(error):
             raise  # a fresh process for whatever comes next
+
+
+class Replacing(FIFOScheduler):
+    """Units in order, but none that a new worker is being started for.
+
+    Tune alone would hand that unit to whichever worker ends first and stop the one that starts: a
+    lost worker would never be replaced where units end faster than workers start.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._most = 0  # workers at once, as far as seen
+        self._since: dict[str, float] = {}  # trial -> when it was first left to a new worker
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The first waiting unit beyond those that workers are being started for."""
+        trials = tune_controller.get_trials()
+        running = sum(trial.status == "RUNNING" for trial in trials)
+        self._most = max(self._most, running)
+        starting = self._most - running - 1  # one place is the asking worker's own
+        waiting = [trial for trial in trials if trial.status == "PENDING"]
+        now = time.monotonic()
+        for trial in waiting[: max(0, starting)]:
+            if now - self._since.setdefault(trial.trial_id, now) > REPLACEMENT_SECONDS:
+                return trial  # its worker does not come
+        return next(iter(waiting[max(0, starting) :]), None) or next(iter(waiting), None)
 
 
 class Delivery(tune.Callback):

@@ -2,17 +2,18 @@
 
     python -m quest_dist.sweep +sweep=longbench_budgets
 
-Exit status: 0 when every point is finished, 1 when some failed or the sweep was interrupted, 2 for
-a mistake in the command line, the configuration or the data. Torch, Ray and MLflow are imported
-only once a sweep really starts, so that --help and --cfg answer at once.
+Exit status: 0 when every point is finished, 1 when some failed or the sweep was interrupted or ran
+out of disk, 2 for a mistake in the command line, the configuration or the data. Torch, Ray and
+MLflow are imported only once a sweep really starts, so that --help and --cfg answer at once.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quest_dist import compose, welcome
@@ -25,23 +26,42 @@ FINISHED, INCOMPLETE, MISTAKE = 0, 1, 2
 #: Options with which Hydra prints something; it is never let run anything (compose says why).
 PRINTING = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}
 PRINTING |= {"--shell-completion", "-sc"}
+#: A disk that takes no more: the same command goes on when it does.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: sys.argv); return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    full_errors = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    try:
+
+    def command() -> int:
         if not given:
             sys.stdout.write(welcome.text(compose.sweep_files()) + "\n")
             return FINISHED
         return _hydra(given)
+
+    return in_one_line(command)
+
+
+def in_one_line(command: Callable[[], int]) -> int:
+    """Return the status of a command; what a user can mend is one line on standard error."""
+    full_errors = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        return command()
     except KeyboardInterrupt:
         return _mistake("interrupted; the same command again goes on from here", INCOMPLETE)
     except ValueError as error:
         if full_errors:
             raise
         return _mistake(str(error))
+    except OSError as error:
+        if full_errors or error.errno not in DISK:
+            raise
+        return _mistake(
+            f"{error.filename or 'output_dir'}: {error.strerror}; what is finished is kept: make"
+            " room, and the same command goes on from here",
+            INCOMPLETE,
+        )
     except Exception as error:
         from quest_dist import mistakes
 

@@ -130,6 +130,8 @@ class Tracker:
             own = not self.uri.startswith(("http://", "https://", "databricks"))
             artifacts = self.artifacts if own else None
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            if self.local:
+                mlflow_store.create(self.output_dir / "mlflow.db")
             client = mlflow_store.connect(self.uri)
             self._shown, self._logged = {}, {}
             self._store = Store(client, self.experiment, artifacts, self._tags())

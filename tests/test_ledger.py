@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,12 +110,27 @@ def test_what_add_returned_from_survives_a_kill(tmp_path: Path) -> None:
     assert len({frozenset(samples) for samples in held.values()}) == 1
 
 
+HOLDER = """
+import sys; from quest_dist.ledger import lock
+with lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
-    with (
-        lock(tmp_path),
-        pytest.raises(ValueError, match=rf"another sweep .*process {os.getpid()}"),
-        lock(tmp_path),
-    ):
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(
+        command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        where = rf"another sweep .*process {holder.pid} on {re.escape(socket.gethostname())}\)"
+        with pytest.raises(ValueError, match=where), lock(tmp_path):
+            pass
+        holder.kill()
+    with lock(tmp_path), pytest.raises(ValueError, match=str(os.getpid())), lock(tmp_path):
         pass
     with lock(tmp_path):
         pass

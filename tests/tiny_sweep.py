@@ -7,7 +7,6 @@ says otherwise.
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from quest_dist import closing, compose, launch
+from quest_dist import closing, compose, launch, sweep
 from quest_dist.ledger import Ledger
 from quest_dist.plan import Point
 from quest_dist.prepare import prepare
@@ -63,7 +62,6 @@ def table(output_dir: Path) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run(Path(sys.argv[1]), *sys.argv[2:], out=closing.console()))
-    except ValueError as error:
-        sys.exit(json.dumps({"error": str(error)}))
+    sys.exit(
+        sweep.in_one_line(lambda: run(Path(sys.argv[1]), *sys.argv[2:], out=closing.console()))
+    )

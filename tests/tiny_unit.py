@@ -1,7 +1,8 @@
 """A real unit of work that needs no model: arithmetic on a point's settings, in milliseconds.
 
 `run` has the signature of `quest_dist.worker.run`. The environment slows it down (TINY_SECONDS),
-logs each sample it starts (TINY_LOG), or breaks it: TINY_KILL_AT and TINY_RAISE_AT name a sample,
+holds samples until a file is there (TINY_HOLD: the least seed that waits, and the file), logs each
+sample it starts (TINY_LOG), or breaks it: TINY_KILL_AT and TINY_RAISE_AT name a sample,
 TINY_ERROR_AT a sample whose records carry an error, TINY_REFUSE refuses the whole unit. TINY_SEES
 names a variable, whose length ends the line of TINY_LOG.
 """
@@ -13,7 +14,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from quest_dist.plan import Point, Unit
 
@@ -25,16 +26,22 @@ def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[st
     for index in work.samples:
         if log := os.environ.get("TINY_LOG"):
             first = work.first
-            line = f"{first.task.name} {index} {len(work.points)} {first.model.name} {os.getpid()}"
+            line = (
+                f"{first.task.name} {index} {len(work.points)} {first.seed} {time.time():.3f}"
+                f" {first.model.name} {os.getpid()}"
+            )
             if sees := os.environ.get("TINY_SEES"):
                 line += f" {len(os.environ.get(sees, ''))}"
-            with Path(log).open("a") as file:
-                file.write(line + "\n")
+            with Path(log).open("a") as lines:
+                lines.write(line + "\n")
         if os.environ.get("TINY_KILL_AT") == str(index):
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("TINY_RAISE_AT") == str(index):
             raise RuntimeError("broken on purpose")
         time.sleep(float(os.environ.get("TINY_SECONDS", "0")))
+        seed, _, file = os.environ.get("TINY_HOLD", "").partition(" ")
+        while file and work.first.seed >= int(seed) and not Path(file).exists():
+            time.sleep(0.05)
         error = "ValueError: wrong" if os.environ.get("TINY_ERROR_AT") == str(index) else None
         records = [record(point, index, error) for point in work.points]
         yield {"unit": work.key, "sample": index, "records": records}
@@ -69,6 +76,21 @@ def started(log: Path) -> list[tuple[str, int, int]]:
     """What TINY_LOG holds: (task, sample, points) in the order of starting."""
     lines = log.read_text().splitlines() if log.exists() else []
     return [(t, int(i), int(n)) for t, i, n, *_ in (line.split() for line in lines)]
+
+
+class Started(NamedTuple):
+    """A line of TINY_LOG: whose seed and sample were begun, when (unix time), by which process."""
+
+    seed: int
+    sample: int
+    at: float
+    pid: int
+
+
+def begun(log: Path) -> list[Started]:
+    """What TINY_LOG holds, in the order of starting."""
+    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return [Started(int(seed), int(i), float(at), int(pid)) for _, i, _, seed, at, _, pid in lines]
 
 
 def models_by_process(log: Path) -> dict[str, set[str]]:
