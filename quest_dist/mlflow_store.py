@@ -4,8 +4,8 @@ The only file that imports mlflow. Its state lives in the store itself: a run ca
 what it shows and, written last, the digest of what was logged. So a crash between any two calls, a
 deleted database or another server are one case: whatever is missing is written, nothing twice.
 
-Invariants: at most one live run a (kind, key) of this sweep and origin; a run that carries the
-digest of its description holds all of it; runs of others are never touched.
+Invariants: at most one live run a (kind, key) of this sweep and origin, once opened; a run that
+carries the digest of its description holds all of it; runs of others are never touched.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ BATCH = 900  # metrics in one request; MLflow takes 1000
 LONGEST_TAG = 5000  # characters; older servers take no more
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # 7 would hold the sweep for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # 7 tries of 120 s would take a quarter of an hour. None here: a request repeated blindly makes
+    # a run twice; whoever tries again (tracker) looks first at what is there.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 ABOUT = (
     "KV-cache methods by token budget. Curves are at the top level (in their charts, step is the "
@@ -69,14 +71,7 @@ class Store:
         if found is not None:
             self.experiment_id = str(found.experiment_id)
         else:
-            self.experiment_id = client.create_experiment(
-                experiment,
-                artifact_location=artifacts.as_uri() if artifacts else None,
-                tags={
-                    "mlflow.note.content": ABOUT,
-                    "mlflow.experimentKind": "custom_model_development",
-                },
-            )
+            self.experiment_id = _created(client, experiment, artifacts)
         self._known: dict[tuple[str, str], Seen] = {}
         mine = [f"tags.`{name}` = '{self.tags[name]}'" for name in ("quest.origin", "quest.sweep")]
         page: str | None = ""
@@ -90,8 +85,17 @@ class Store:
                 seen = Seen(run.info.run_id, tagged.get("quest.digest", ""), run.info.status)
                 seen.curve = tagged.get("quest.curve", "")
                 seen.parent = tagged.get("mlflow.parentRunId", "")
-                self._known.setdefault(name, seen)
+                self._learn(name, seen)
             page = runs.token or None
+
+    def _learn(self, name: tuple[str, str], seen: Seen) -> None:
+        """Note a run. A second of one name is deleted: a server made it and died, or was given up,
+        before it said so."""
+        other = self._known.setdefault(name, seen)
+        if other is not seen:
+            kept, left = (seen, other) if seen.digest and not other.digest else (other, seen)
+            self._known[name] = kept
+            self.client.delete_run(left.run_id)
 
     def put(self, run: Run) -> str:
         """Make the store show a run, whatever of it is there already; return its id."""
@@ -182,6 +186,26 @@ class Store:
         if ("curve", run.parent) in self._known:
             tags["mlflow.parentRunId"] = self._known["curve", run.parent].run_id
         return {name: value[:LONGEST_TAG] for name, value in tags.items()}
+
+
+def _created(client: MlflowClient, experiment: str, artifacts: Path | None) -> str:
+    """A new experiment's id; that of another launch's, where it was made meanwhile."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.create_experiment(
+            experiment,
+            artifact_location=artifacts.as_uri() if artifacts else None,
+            tags={
+                "mlflow.note.content": ABOUT,
+                "mlflow.experimentKind": "custom_model_development",
+            },
+        )
+    except MlflowException:
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def _input(dataset: Dataset) -> Any:
