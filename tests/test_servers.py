@@ -1,5 +1,5 @@
-"""Real tracking servers, killed and started again, away, silent, or over PostgreSQL: the sweep never
-waits for them, and MLflow ends up with everything once."""
+"""Real tracking servers, killed and started again, away, silent, or over PostgreSQL: a sweep never
+waits for one, and MLflow ends up with everything once."""
 
 from __future__ import annotations
 
