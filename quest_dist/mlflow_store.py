@@ -51,13 +51,14 @@ def connect(uri: str) -> MlflowClient:
 
 @dataclass
 class Seen:
-    """What the store is known to hold of a run."""
+    """What the store is known to hold of a run; `dots` of a curve, once asked or written."""
 
     run_id: str
     digest: str = ""
     status: str = ""
     curve: str = ""
     parent: str = ""
+    dots: dict[tuple[str, int], float] | None = None
 
 
 class Store:
@@ -121,17 +122,23 @@ class Store:
         """
         seen = self._known.get((run.kind, run.key))
         if seen is not None and seen.digest != run.digest:
-            logged = {
-                (name, metric.step): metric.value
-                for name in self.client.get_run(seen.run_id).data.metrics
-                for metric in self.client.get_metric_history(seen.run_id, name)
-            }
+            logged = self._dots(seen.run_id) if seen.dots is None else seen.dots
             if any(
                 logged.get((name, step), value) != value for name, value, step, _ in run.metrics
             ):
                 self.client.delete_run(seen.run_id)
                 del self._known[run.kind, run.key]
         self.put(run)
+        dots = {(name, step): value for name, value, step, _ in run.metrics}
+        self._known[run.kind, run.key].dots = dots
+
+    def _dots(self, run_id: str) -> dict[tuple[str, int], float]:
+        """Every value that a run shows: a request a metric."""
+        return {
+            (name, metric.step): metric.value
+            for name in self.client.get_run(run_id).data.metrics
+            for metric in self.client.get_metric_history(run_id, name)
+        }
 
     def gather(self) -> None:
         """Give points whose curve's run is gone, or came later, to the run it has now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import logging
@@ -466,6 +467,20 @@ def test_a_request_waits_briefly_and_is_not_repeated_unless_the_user_says_so(
         with pytest.raises(Exception, match=r"timed? ?out|1 seconds"):
             mlflow_store.connect(uri).search_experiments()
         assert time.monotonic() - began < 5
+
+
+def test_credentials_come_from_the_environment_and_go_nowhere_else(
+    folder: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "open sesame")
+    with tracking_server.refusing() as (uri, headers):
+        assert not Tracker({"uri": uri}, folder, SWEEP, ledger).sync([])
+    sent = {header["Authorization"] for header in headers}
+    assert sent == {f"Basic {base64.b64encode(b'me:open sesame').decode()}"}
+    assert len(caplog.records) == 1
+    assert "sesame" not in caplog.text
+    assert not any(b"sesame" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
 def test_the_environment_wins(
