@@ -120,17 +120,21 @@ class Store:
         MLflow cannot take a value back, and both would stand in the chart, so the old run is
         deleted (which MLflow can undo); `gather` gives its children to the new one.
         """
-        seen = self._known.get((run.kind, run.key))
-        if seen is not None and seen.digest != run.digest:
-            logged = self._dots(seen.run_id) if seen.dots is None else seen.dots
-            if any(
-                logged.get((name, step), value) != value for name, value, step, _ in run.metrics
-            ):
-                self.client.delete_run(seen.run_id)
-                del self._known[run.kind, run.key]
+        name = (run.kind, run.key)
+        seen = self._known.get(name)
+        if seen is not None and seen.digest == run.digest:
+            self.put(run)
+            return
+        shown: dict[tuple[str, int], float] = {}
+        if seen is not None:
+            shown = self._dots(seen.run_id) if seen.dots is None else seen.dots
+        dots = {(metric, step): value for metric, value, step, _ in run.metrics}
+        if seen is not None and any(shown.get(dot, v) != v for dot, v in dots.items()):
+            self.client.delete_run(seen.run_id)
+            del self._known[name]
+            shown = {}
         self.put(run)
-        dots = {(name, step): value for name, value, step, _ in run.metrics}
-        self._known[run.kind, run.key].dots = dots
+        self._known[name].dots = shown | dots
 
     def _dots(self, run_id: str) -> dict[tuple[str, int], float]:
         """Every value that a run shows: a request a metric."""

@@ -34,6 +34,9 @@ SWEEP = Sweep(
 )
 
 
+CURVE_AT_512 = ("Quest", "score/qasper", 512)
+
+
 @pytest.fixture(scope="session")
 def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated, empty MLflow database: made once, for it takes seconds."""
@@ -262,6 +265,25 @@ def test_more_samples_move_the_dots_and_keep_the_points_history(
     assert [(s, v) for n, s, v in history if n == "score/qasper"] == [(256, score)]
     shown = tracker._open().client.download_artifacts(point, "samples.json", str(folder))
     assert len(json.loads(Path(shown).read_text())["data"]) == 5
+
+
+def test_a_dot_that_fails_and_comes_back_is_not_there_twice(folder: Path, ledger: Ledger) -> None:
+    points = synthetic.points(["qasper"], ("full", "quest"), (256, 512))
+    tracker = Tracker({}, folder, SWEEP, ledger)
+    synthetic.fill(ledger, points, range(2))
+    tracker.sync(rows_of(ledger, points, 2))
+    client: Any = tracker._open().client
+    asked = client.get_metric_history
+    client.get_metric_history = lambda *given: pytest.fail("it wrote all of it itself")
+    (dot,) = [point for point in points if point.budget == 512]
+    synthetic.fill(ledger, [dot], [2], error="ValueError: no such page")
+    assert tracker.sync(rows_of(ledger, points, 2))
+    synthetic.fill(ledger, [dot], [2, 3])
+    assert tracker.sync(rows_of(ledger, points, 2))
+    client.get_metric_history = asked
+    (score,) = [row.score for row in rows_of(ledger, points, 2) if row.point == dot.key]
+    history = [v for run, n, s, v in values_of(tracker) if (run, n, s) == CURVE_AT_512]
+    assert history == [score]
 
 
 def test_a_crash_while_a_curve_is_replaced_heals(folder: Path, ledger: Ledger) -> None:
