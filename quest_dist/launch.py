@@ -25,7 +25,7 @@ from quest_dist import (
 )
 from quest_dist.cluster import Workers, device_of
 from quest_dist.follow import Follower
-from quest_dist.ledger import Ledger, lock
+from quest_dist.ledger import Ledger, Ran, lock
 from quest_dist.parts import combined
 from quest_dist.plan import Unit
 from quest_dist.prepare import Sweep, prepare
@@ -159,7 +159,9 @@ def _round(
     with Progress(sweep.points, units, ledger.records, work.seconds, described, out) as progress:
 
         def on_report(report: schedule.Report) -> None:
-            ledger.add(report["records"])
+            alone = any(record["point"] in sweep.exclusive for record in report["records"])
+            ran = Ran(report["unit"], report["sample"], alone, **report["ran"])
+            ledger.add(report["records"], ran)
             progress.report(report)
             changed()
 
@@ -222,9 +224,12 @@ def _close(
     if verdicts.of_the_paper(lines):
         closing.verdicts(lines, out)
     look: list[str] = []
-    if tracker is not None and tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice)):
+    shown = tracker is None or tracker.finish(rows, files, "\n".join(f"* {a}" for a in advice))
+    if tracker is not None and shown:
         look = [tracker.command(), tracker.url()]
     closing.paths(files, look, out)
+    if not shown:
+        out.print("MLflow lacks some of this; the same command again adds it", style="yellow")
     closing.failures(rows, out)
     if not finished:
         out.print("interrupted; the same command again goes on from here", style="yellow")

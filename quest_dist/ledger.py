@@ -6,6 +6,8 @@ Invariants:
 * A failure is kept apart from the records, does not count as done, and is forgotten when the
   sample succeeds; so a second launch retries it.
 * A batch that `add` returned from is on disk (one transaction, synchronous=FULL).
+* `ran` says of each report when and where it was made; it is only added to, and nothing else is
+  computed from it.
 * Only the driver of a sweep writes; `lock` keeps a second driver out of the same directory.
 * A disk that takes no more is an OSError, a damaged file a ValueError, both naming the file; what
   was there stays as it was.
@@ -24,7 +26,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from quest_dist.plan import Point, canonical
 
@@ -36,6 +38,9 @@ create table if not exists record(
 create table if not exists failure(
   point text not null, sample integer not null, finished_at real not null, body text not null,
   primary key (point, sample)) without rowid;
+create table if not exists ran(
+  unit text not null, sample integer not null, alone integer not null, host text not null,
+  device text not null, process integer not null, started real not null, ended real not null);
 """
 _HEADER = b"SQLite format 3\0"
 #: What SQLite says of a disk, as the system says it; and of a file that is no ledger any more.
@@ -78,6 +83,23 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 _NAMES = {"point": "text", "sample": "a whole number", "finished_at": "a number"}
 
 
+class Ran(NamedTuple):
+    """When and where one sample of a unit ran: unix seconds by its host's clock, from the moment
+    that its worker was free for it (a unit's first sample holds the loading of the model).
+
+    `alone`: a time, beside which nothing else may run. `device`: cpu, or the GPUs by number.
+    """
+
+    unit: str
+    sample: int
+    alone: bool
+    host: str
+    device: str
+    process: int
+    started: float
+    ended: float
+
+
 class Ledger:
     """Records by (point, sample). One instance may be used from several threads."""
 
@@ -118,8 +140,8 @@ class Ledger:
                 [(point.key, canonical(point.identity)) for point in points],
             )
 
-    def add(self, records: Iterable[Mapping[str, Any]]) -> int:
-        """Store records; return how many were new results.
+    def add(self, records: Iterable[Mapping[str, Any]], ran: Ran | None = None) -> int:
+        """Store records, and when and where they were made; return how many were new results.
 
         A record whose (point, sample) is already finished is ignored. One with an `error` goes
         to the failures, unless the sample is finished.
@@ -141,7 +163,14 @@ class Ledger:
                 " (select 1 from record where point = ?1 and sample = ?2)",
                 bad,
             )
+            if ran is not None:
+                db.execute("insert into ran values (?, ?, ?, ?, ?, ?, ?, ?)", ran)
         return added
+
+    def ran(self) -> list[Ran]:
+        """Return when and where every sample ran that was reported, in the order of starting."""
+        found = self._read("select * from ran order by started")
+        return [Ran(unit, sample, bool(alone), *rest) for unit, sample, alone, *rest in found]
 
     def records(self, point: str) -> list[dict[str, Any]]:
         """Return the records of a point by sample: finished, or failed and not yet made good."""

@@ -4,8 +4,8 @@ The only file that imports mlflow. Its state lives in the store itself: a run ca
 what it shows and, written last, the digest of what was logged. So a crash between any two calls, a
 deleted database or another server are one case: whatever is missing is written, nothing twice.
 
-Invariants: at most one live run a (kind, key) of this sweep and origin; a run that carries the
-digest of its description holds all of it; runs of others are never touched.
+Invariants: at most one live run a (kind, key) of this sweep and origin, once opened; a run that
+carries the digest of its description holds all of it; runs of others are never touched.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ BATCH = 900  # metrics in one request; MLflow takes 1000
 LONGEST_TAG = 5000  # characters; older servers take no more
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # 7 would hold the sweep for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # 7 tries of 120 s would take a quarter of an hour. None here: a request repeated blindly makes
+    # a run twice; whoever tries again (tracker) looks first at what is there.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 ABOUT = (
     "KV-cache methods by token budget. Curves are at the top level (in their charts, step is the "
@@ -67,13 +69,14 @@ def create(path: Path) -> None:
 
 @dataclass
 class Seen:
-    """What the store is known to hold of a run."""
+    """What the store is known to hold of a run; `dots` of a curve, once asked or written."""
 
     run_id: str
     digest: str = ""
     status: str = ""
     curve: str = ""
     parent: str = ""
+    dots: dict[tuple[str, int], float] | None = None
 
 
 class Store:
@@ -87,14 +90,7 @@ class Store:
         if found is not None:
             self.experiment_id = str(found.experiment_id)
         else:
-            self.experiment_id = client.create_experiment(
-                experiment,
-                artifact_location=artifacts.as_uri() if artifacts else None,
-                tags={
-                    "mlflow.note.content": ABOUT,
-                    "mlflow.experimentKind": "custom_model_development",
-                },
-            )
+            self.experiment_id = _created(client, experiment, artifacts)
         self._known: dict[tuple[str, str], Seen] = {}
         mine = [f"tags.`{name}` = '{self.tags[name]}'" for name in ("quest.origin", "quest.sweep")]
         page: str | None = ""
@@ -108,8 +104,17 @@ class Store:
                 seen = Seen(run.info.run_id, tagged.get("quest.digest", ""), run.info.status)
                 seen.curve = tagged.get("quest.curve", "")
                 seen.parent = tagged.get("mlflow.parentRunId", "")
-                self._known.setdefault(name, seen)
+                self._learn(name, seen)
             page = runs.token or None
+
+    def _learn(self, name: tuple[str, str], seen: Seen) -> None:
+        """Note a run. A second of one name is deleted: a server made it and died, or was given up,
+        before it said so."""
+        other = self._known.setdefault(name, seen)
+        if other is not seen:
+            kept, left = (seen, other) if seen.digest and not other.digest else (other, seen)
+            self._known[name] = kept
+            self.client.delete_run(left.run_id)
 
     def put(self, run: Run) -> str:
         """Make the store show a run, whatever of it is there already; return its id."""
@@ -133,19 +138,29 @@ class Store:
         MLflow cannot take a value back, and both would stand in the chart, so the old run is
         deleted (which MLflow can undo); `gather` gives its children to the new one.
         """
-        seen = self._known.get((run.kind, run.key))
-        if seen is not None and seen.digest != run.digest:
-            logged = {
-                (name, metric.step): metric.value
-                for name in self.client.get_run(seen.run_id).data.metrics
-                for metric in self.client.get_metric_history(seen.run_id, name)
-            }
-            if any(
-                logged.get((name, step), value) != value for name, value, step, _ in run.metrics
-            ):
-                self.client.delete_run(seen.run_id)
-                del self._known[run.kind, run.key]
+        name = (run.kind, run.key)
+        seen = self._known.get(name)
+        if seen is not None and seen.digest == run.digest:
+            self.put(run)
+            return
+        shown: dict[tuple[str, int], float] = {}
+        if seen is not None:
+            shown = self._dots(seen.run_id) if seen.dots is None else seen.dots
+        dots = {(metric, step): value for metric, value, step, _ in run.metrics}
+        if seen is not None and any(shown.get(dot, v) != v for dot, v in dots.items()):
+            self.client.delete_run(seen.run_id)
+            del self._known[name]
+            shown = {}
         self.put(run)
+        self._known[name].dots = shown | dots
+
+    def _dots(self, run_id: str) -> dict[tuple[str, int], float]:
+        """Every value that a run shows: a request a metric."""
+        return {
+            (name, metric.step): metric.value
+            for name in self.client.get_run(run_id).data.metrics
+            for metric in self.client.get_metric_history(run_id, name)
+        }
 
     def gather(self) -> None:
         """Give points whose curve's run is gone, or came later, to the run it has now."""
@@ -200,6 +215,26 @@ class Store:
         if ("curve", run.parent) in self._known:
             tags["mlflow.parentRunId"] = self._known["curve", run.parent].run_id
         return {name: value[:LONGEST_TAG] for name, value in tags.items()}
+
+
+def _created(client: MlflowClient, experiment: str, artifacts: Path | None) -> str:
+    """A new experiment's id; that of another launch's, where it was made meanwhile."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.create_experiment(
+            experiment,
+            artifact_location=artifacts.as_uri() if artifacts else None,
+            tags={
+                "mlflow.note.content": ABOUT,
+                "mlflow.experimentKind": "custom_model_development",
+            },
+        )
+    except MlflowException:
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def _input(dataset: Dataset) -> Any:

@@ -6,6 +6,7 @@ Invariants:
 * A unit whose worker broke is tried again, up to `cluster.max_failures` times, for the samples
   that it did not deliver; the sample it broke at goes last, so that it holds up no other.
 * What could not be run at all is handed to `on_failure`, once.
+* Every report says when and where it was made (`ran`, see ledger.Ran).
 * Ray is started by the first units, once for all that are run while the place is open.
 """
 
@@ -13,6 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,7 +150,7 @@ class Inline:
     @staticmethod
     def _unit(evaluate: RunUnit, unit: Unit, runtime: Runtime, current: Round) -> None:
         try:
-            for report in evaluate(unit.to_dict(), runtime.to_dict()):
+            for report in witnessed(evaluate, unit.to_dict(), runtime.to_dict()):
                 current.deliver(report)
                 if current.error is not None:
                     return
@@ -159,6 +163,27 @@ def resolve(path: str) -> RunUnit:
     module, _, name = path.partition(":")
     found: RunUnit = getattr(importlib.import_module(module), name)
     return found
+
+
+def witnessed(
+    run_unit: RunUnit, unit: Mapping[str, Any], runtime: Mapping[str, Any]
+) -> Iterator[Report]:
+    """Yield a unit's reports, each with when and where it was made."""
+    reports = run_unit(unit, runtime)
+    while True:
+        started = time.time()
+        report = next(reports, None)
+        if report is None:
+            return
+        gpus = f"cuda {os.environ.get('CUDA_VISIBLE_DEVICES', '')}".strip()
+        ran = {
+            "host": socket.gethostname(),
+            "device": gpus if runtime["gpus"] else "cpu",
+            "process": os.getpid(),
+            "started": started,
+            "ended": time.time(),
+        }
+        yield {**report, "ran": ran}
 
 
 def can_retry(error: Exception) -> bool:

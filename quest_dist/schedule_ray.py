@@ -26,7 +26,7 @@ import quest_dist
 from quest_dist import redact
 from quest_dist.cluster import Cluster, Workers, check_fits
 from quest_dist.plan import Unit
-from quest_dist.schedule import Round, by_model, can_retry, resolve
+from quest_dist.schedule import Round, by_model, can_retry, resolve, witnessed
 from quest_dist.worker import Runtime, describe
 
 # Read by Ray when it is imported: no telemetry, no per-trial log files, no change of directory.
@@ -126,19 +126,27 @@ class Tuned:
         _check_version()
 
     def __call__(self, current: Round, workers: Workers) -> None:
-        """Run a round: every unit a trial, in the order given.
+        """Run a round: every unit a trial, in the order given; one after the other where there is
+        one worker, whatever else would fit.
 
         Raises ValueError for workers that no node could ever hold.
         """
         cpus = float(workers.cpus)
-        if self._started and self.cluster.address is None:
+        ours = self._started and self.cluster.address is None
+        if ours:
             cpus = math.floor(1000 * self.cpus / workers.count) / 1000
         check_fits(cpus, workers.gpus, _nodes())
         self._rounds += 1
         models = by_model(current.units)
+        units, at_once = current.units, None
+        if workers.count == 1 and not ours:
+            # Others' CPUs would hold a second unit. Tune then knows of one trial at a time, so that
+            # those of a model must follow each other to find it loaded.
+            at_once = 1
+            units = sorted(units, key=lambda unit: models[unit.first.model.canonical()])
         # `import_path` lets workers find the evaluator where the driver found it (tests).
         config = {
-            "unit": tune.grid_search([unit.to_dict() for unit in current.units]),
+            "unit": tune.grid_search([unit.to_dict() for unit in units]),
             "runtime": Runtime(workers.cpus, workers.gpus).to_dict(),
             "run_unit": self.run_unit,
             "import_path": [p for p in sys.path if p],
@@ -158,6 +166,7 @@ class Tuned:
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
                 scheduler=Replacing(),
+                max_concurrent_trials=at_once,
                 trial_name_creator=lambda trial: f"unit-{trial.config['unit']['key'][:8]}",
                 trial_dirname_creator=lambda trial: f"{trial.trial_id}",
             ),
@@ -218,7 +227,7 @@ def evaluate(config: Mapping[str, Any], secrets: Mapping[str, str] | None = None
     sys.path += [path for path in config["import_path"] if path not in sys.path]
     try:
         run_unit = resolve(config["run_unit"])
-        for report in run_unit(config["unit"], config["runtime"]):
+        for report in witnessed(run_unit, config["unit"], config["runtime"]):
             tune.report({"report": report})
     except Exception as error:
         unit = config["unit"]["key"]

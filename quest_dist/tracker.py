@@ -5,8 +5,8 @@ same command again: nothing is computed twice, and everything is written.
 
 Invariants:
 * `sync` is idempotent: a second one adds no run and no metric value.
-* Nothing that MLflow does reaches the sweep: an unreachable or broken server is a warning, and the
-  next sync catches up.
+* Nothing that MLflow does reaches the sweep: a server that is away, broken or silent is one warning
+  for as long as it lasts, and the first sync after it catches up.
 * Other people's runs are not touched: runs are found by origin (who, where) and sweep.
 """
 
@@ -30,7 +30,7 @@ from quest_dist.table import Record, Row, to_csv
 __all__ = ["Sweep", "Tracker"]
 
 log = logging.getLogger(__name__)
-PAUSE = 30.0  # seconds without a try after the server failed
+PAUSE = 10.0  # seconds without a try after the server failed
 
 
 class Ledger(Protocol):
@@ -72,7 +72,8 @@ class Tracker:
         self._texts = texts
         self._shown: dict[str, str] = {}  # point key -> its row as last synced
         self._logged: dict[str, str] = {}  # artifact -> its text as last synced
-        self._failed_at: float | None = None
+        self._failed_at: float | None = None  # None: the last try succeeded
+        self._failed = False  # ever
 
     def sync(self, rows: Sequence[Row]) -> bool:
         """Bring MLflow up to the rows: finished and failed points, their curves, the progress.
@@ -85,6 +86,8 @@ class Tracker:
 
     def finish(self, rows: Sequence[Row], files: Iterable[Path] = (), note: str = "") -> bool:
         """Sync once more, with partial points; add figures, tables and config; close the sweep."""
+        if self._failed:
+            self._store = None  # what was given up may have been done later: look again
         return self._try(lambda: self._finish(rows, list(files), note))
 
     def url(self, host: str = "http://127.0.0.1:5000") -> str:
@@ -112,16 +115,21 @@ class Tracker:
         return self.output_dir.joinpath("mlartifacts", *(parts or ["unnamed"]))
 
     def _try(self, write: Callable[[], None]) -> bool:
-        try:
-            write()
-        except Exception as error:  # whatever MLflow raises, the sweep goes on
-            self._failed_at, self._store = time.monotonic(), None
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            told = redact.text(f"{self.uri}: {first}")
-            log.warning("MLflow at %s (results are safe; the next sync adds them)", told)
-            return False
-        self._failed_at = None
-        return True
+        """Write; once more, from what the store then has, unless it failed the last time too."""
+        known = self._failed_at is not None
+        for last in (True,) if known else (False, True):
+            try:
+                write()
+            except Exception as error:  # whatever MLflow raises, the sweep goes on
+                self._failed, self._failed_at, self._store = True, time.monotonic(), None
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                if last and not known:
+                    told = redact.text(f"{self.uri}: {first}")
+                    log.warning("MLflow at %s (results are safe; the next sync adds them)", told)
+            else:
+                self._failed_at = None
+                return True
+        return False
 
     def _open(self) -> Store:
         """Reach the store and learn which runs it has; free when that is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -28,9 +29,10 @@ class Refused(NamedTuple):
 
 
 class Work:
-    """What is left to do: `units` that run side by side on `workers`, then `alone`, whose units
-    have the machine (of a cluster: one worker's device) to themselves, one after the other, on
-    `one`. `refused` fit no worker here and are not begun."""
+    """What is left to do: `units` that run side by side on `workers`, then `alone`, whose units run
+    one after the other on `one`, with the machine to themselves; on a cluster with one worker's
+    CPUs and whole GPUs, and nothing else of this sweep anywhere. `refused` fit no worker here and
+    are not begun."""
 
     def __init__(
         self,
@@ -62,7 +64,9 @@ class Work:
         beside = list({point.key: point for unit in whole for point in unit.points}.values())
         workers = fit(sweep.cluster, max((cost.worker_bytes(u.points) for u in whole), default=1))
         gpu = workers.gpus > 0
-        one = fit(replace(sweep.cluster, workers=1), 1)
+        # Times share their GPU with nobody, whatever share of one a worker has.
+        whole_gpus = float(math.ceil(workers.gpus)) if gpu else sweep.cluster.gpus_per_worker
+        one = fit(replace(sweep.cluster, workers=1, gpus_per_worker=whole_gpus), 1)
 
         def seconds(unit: Unit) -> float:
             cpus = (one if unit.first.key in sweep.exclusive else workers).cpus

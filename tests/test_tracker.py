@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import logging
+import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +17,9 @@ from typing import Any
 
 import pytest
 import synthetic_sweep as synthetic
+import tracking_server
 
-from quest_dist import compose, models, plan, prepare, projection, table
+from quest_dist import compose, mlflow_store, models, plan, prepare, projection, table
 from quest_dist.ledger import Ledger
 from quest_dist.plan import Point
 from quest_dist.tracker import Sweep, Tracker
@@ -28,6 +32,9 @@ GRID: dict[str, Any] = {
 SWEEP = Sweep(
     "longbench", "python -m quest_dist.sweep +sweep=longbench", "name: longbench\n", device="cpu"
 )
+
+
+CURVE_AT_512 = ("Quest", "score/qasper", 512)
 
 
 @pytest.fixture(scope="session")
@@ -260,6 +267,25 @@ def test_more_samples_move_the_dots_and_keep_the_points_history(
     assert len(json.loads(Path(shown).read_text())["data"]) == 5
 
 
+def test_a_dot_that_fails_and_comes_back_is_not_there_twice(folder: Path, ledger: Ledger) -> None:
+    points = synthetic.points(["qasper"], ("full", "quest"), (256, 512))
+    tracker = Tracker({}, folder, SWEEP, ledger)
+    synthetic.fill(ledger, points, range(2))
+    tracker.sync(rows_of(ledger, points, 2))
+    client: Any = tracker._open().client
+    asked = client.get_metric_history
+    client.get_metric_history = lambda *given: pytest.fail("it wrote all of it itself")
+    (dot,) = [point for point in points if point.budget == 512]
+    synthetic.fill(ledger, [dot], [2], error="ValueError: no such page")
+    assert tracker.sync(rows_of(ledger, points, 2))
+    synthetic.fill(ledger, [dot], [2, 3])
+    assert tracker.sync(rows_of(ledger, points, 2))
+    client.get_metric_history = asked
+    (score,) = [row.score for row in rows_of(ledger, points, 2) if row.point == dot.key]
+    history = [v for run, n, s, v in values_of(tracker) if (run, n, s) == CURVE_AT_512]
+    assert history == [score]
+
+
 def test_a_crash_while_a_curve_is_replaced_heals(folder: Path, ledger: Ledger) -> None:
     points = synthetic.points(["qasper"], ("full", "quest"), (256,))
     synthetic.fill(ledger, points, range(2))
@@ -368,9 +394,8 @@ def test_runs_of_another_sweep_are_left_alone(folder: Path, ledger: Ledger) -> N
 
 
 def test_an_unreachable_server_is_a_warning_and_a_pause(
-    folder: Path, ledger: Ledger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    folder: Path, ledger: Ledger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     points = synthetic.points(["qasper"], ("full",), (256,))
     synthetic.fill(ledger, points, [0])
     tracker = Tracker({"uri": "http://127.0.0.1:9"}, folder, SWEEP, ledger)
@@ -381,6 +406,103 @@ def test_an_unreachable_server_is_a_warning_and_a_pause(
         "quest_dist.tracker"
     ) == 1
     assert not tracker.finish(rows_of(ledger, points, 1))
+
+
+@pytest.mark.parametrize("call", ["create_run", "log_batch", "log_text", "set_terminated"])
+def test_what_fails_once_is_done_again_from_what_is_there(
+    folder: Path, ledger: Ledger, call: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    points = synthetic.points(["qasper"], ("full", "quest"), (256,))
+    synthetic.fill(ledger, points, range(2))
+    tracker = Tracker({}, folder, SWEEP, ledger)
+    client: Any = tracker._open().client
+    done = getattr(client, call)
+
+    def answer_lost(*given: Any, **named: Any) -> None:
+        done(*given, **named)
+        raise OSError("connection reset")
+
+    setattr(client, call, answer_lost)
+    assert tracker.sync(rows_of(ledger, points, 2))
+    assert not caplog.records
+    assert len(runs_of(tracker)) == 5
+    assert max(values_of(tracker).values()) == 1
+
+
+def test_an_outage_is_one_warning_however_long(
+    folder: Path, ledger: Ledger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quest_dist.tracker.PAUSE", 0.0)
+    away, there = "http://127.0.0.1:9", f"sqlite:///{folder}/mlflow.db"
+    tracker = Tracker({"uri": away}, folder, SWEEP, ledger)
+    for uri, written, warnings in (
+        (away, False, 1),
+        (away, False, 1),
+        (there, True, 1),
+        (away, False, 2),
+    ):
+        tracker.uri, tracker._store = uri, None
+        assert tracker.sync([]) is written
+        assert len(caplog.records) == warnings
+    assert not tracker.finish([])
+    assert len(caplog.records) == 2
+
+
+def test_a_run_that_a_dying_server_made_twice_is_left_once(folder: Path, ledger: Ledger) -> None:
+    points = synthetic.points(["qasper"], ("full", "quest"), (256,))
+    synthetic.fill(ledger, points, range(2))
+    rows = rows_of(ledger, points, 2)
+    first = Tracker({}, folder, SWEEP, ledger)
+    assert first.finish(rows)
+    whole = {run.info.run_id for run in runs_of(first)}
+    client = first._open().client
+    for run in runs_of(first):
+        tags = {k: v for k, v in run.data.tags.items() if k != "quest.digest"}
+        client.create_run(run.info.experiment_id, run.info.start_time, tags)
+    assert len(runs_of(first)) == 10
+    assert Tracker({}, folder, SWEEP, ledger).finish(rows)
+    assert {run.info.run_id for run in runs_of(first)} == whole
+
+
+def test_two_launches_may_make_one_experiment(folder: Path, ledger: Ledger) -> None:
+    one = Tracker({"experiment": "ours"}, folder, SWEEP, ledger)._open()
+    client: Any = mlflow_store.connect(f"sqlite:///{folder}/mlflow.db")
+    find, asked = client.get_experiment_by_name, itertools.count()
+    client.get_experiment_by_name = lambda name: find(name) if next(asked) else None
+    tags = {"quest.origin": "elsewhere", "quest.sweep": "other"}
+    assert mlflow_store.Store(client, "ours", None, tags).experiment_id == one.experiment_id
+
+
+def test_a_request_waits_briefly_and_is_not_repeated_unless_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in mlflow_store.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    mlflow_store.connect("http://127.0.0.1:9")
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    with tracking_server.silent() as uri:
+        monkeypatch.setitem(mlflow_store.ENVIRONMENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        began = time.monotonic()
+        with pytest.raises(Exception, match=r"timed? ?out|1 seconds"):
+            mlflow_store.connect(uri).search_experiments()
+        assert time.monotonic() - began < 5
+
+
+def test_credentials_come_from_the_environment_and_go_nowhere_else(
+    folder: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "open sesame")
+    with tracking_server.refusing() as (uri, headers):
+        assert not Tracker({"uri": uri}, folder, SWEEP, ledger).sync([])
+    sent = {header["Authorization"] for header in headers}
+    assert sent == {f"Basic {base64.b64encode(b'me:open sesame').decode()}"}
+    assert len(caplog.records) == 1
+    assert "sesame" not in caplog.text
+    assert not any(b"sesame" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
 def test_the_environment_wins(
