@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,7 @@ class Tuned:
         self.cluster, self.cpus = cluster, cpus
         self.storage, self.run_unit = storage.absolute(), run_unit
         self._started = False
+        self._ending = threading.Event()
         self._rounds = 0
         self._secrets: dict[str, str] = {}
         self._joining = os.environ.get(_JOINING), ray_constants.ENABLE_RAY_CLUSTER
@@ -89,6 +91,7 @@ class Tuned:
         """Stop the private cluster; from one that was attached to, only disconnect."""
         with contextlib.suppress(OSError):  # never made, or not empty
             self.storage.rmdir()
+        self._ending.set()
         if self._started:
             ray.shutdown()
             # A cluster that is attached to later may be one of many machines.
@@ -110,6 +113,23 @@ class Tuned:
             logging_level=logging.ERROR,
             namespace="quest_dist",
         )
+        if raylet := _raylet():
+            threading.Thread(target=self._watch, args=(raylet,), name="raylet", daemon=True).start()
+
+    def _watch(self, raylet: int) -> None:
+        """End this process when its raylet dies: unreaped it counts as alive to all of Ray, and
+        fit() would wait for its workers for ever."""
+        while not self._ending.wait(1.0):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(raylet, os.WNOHANG) == (0, 0):
+                    continue
+            if not self._ending.is_set():
+                sys.stderr.write(
+                    "error: Ray's raylet died (out of memory?); what is finished is kept: the same"
+                    " command goes on from here\n"
+                )
+                sys.stderr.flush()
+                os._exit(1)
 
     def _attach(self, address: str) -> None:
         carried = {k: v for k, v in os.environ.items() if k.startswith(_CARRIED)}
@@ -334,6 +354,16 @@ class Halt(tune.Stopper):
     def stop_all(self) -> bool:
         """Whether the driver has failed."""
         return self.current is not None and self.current.error is not None
+
+
+def _raylet() -> int | None:
+    """The raylet that this process started; None where there is no /proc to tell."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            name, _, rest = path.read_text().rpartition(")")
+            if name.endswith("(raylet") and int(rest.split()[1]) == os.getpid():
+                return int(path.parent.name)
+    return None
 
 
 def _check_version() -> None:

@@ -62,4 +62,22 @@ def test_a_sweep_that_was_asked_to_stop_is_not_called_finished(
     }
     assert 0 < len(kept) < 6
     assert tiny_sweep.run(out) == 0
-    assert {s.sample for s in begun(log)} == set(range(6))
+
+
+@pytest.mark.slow
+def test_a_killed_raylet_ends_the_driver_which_says_so(tmp_path: Path) -> None:
+    """Its zombie is alive to Ray, and fit() would wait for ever."""
+    log, said, out = tmp_path / "log", tmp_path / "said", tmp_path / "outputs"
+    launch = Launch(out, said, *RAY, TINY_SECONDS="1", TINY_LOG=str(log))
+    try:
+        until(lambda: len(begun(log)) >= 3, 90, "the sweep did not start")
+        (raylet,) = launch.processes("raylet")
+        assert kill(raylet.pid)
+        assert launch.status(30) == 1
+        until(lambda: not launch.processes("worker"), 30, "workers are left")
+    finally:
+        launch.kill()
+    assert "error: Ray's raylet died" in said.read_text()
+    kept = tiny_sweep.contents(out, tiny_sweep.points(out))
+    assert all(len(records) > 0 for records in kept.values())
+    assert tiny_sweep.run(out) == 0
