@@ -17,6 +17,7 @@ import json
 import os
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Ledger:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
+        self._versions: Counter[str] = Counter()
         self._db = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
         self._db.execute("pragma synchronous=full")
         with self._transaction() as db:
@@ -111,7 +113,13 @@ class Ledger:
                 " (select 1 from record where point = ?1 and sample = ?2)",
                 bad,
             )
+        with self._lock:
+            self._versions.update({row[0] for row in (*good, *bad)})
         return added
+
+    def version(self, point: str) -> int:
+        """Return a number that grows whenever this instance adds records of a point."""
+        return self._versions[point]
 
     def records(self, point: str) -> list[dict[str, Any]]:
         """Return the records of a point by sample: finished, or failed and not yet made good."""
@@ -139,9 +147,9 @@ class Ledger:
         """Return the measured mean (prefill, decode of one row) seconds a sample, None if none."""
         rows = self._read(
             "select avg(json_extract(body, '$.prefill_seconds')),"
-            " avg(json_extract(body, '$.seconds')) from record join point on key = point"
-            " where json_extract(identity, '$.model.name') = ?"
-            " and json_extract(identity, '$.task.name') = ?",
+            " avg(json_extract(body, '$.seconds')) from record where point in"
+            " (select key from point where json_extract(identity, '$.model.name') = ?"
+            " and json_extract(identity, '$.task.name') = ?)",
             model,
             task,
         )

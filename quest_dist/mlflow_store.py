@@ -78,6 +78,7 @@ class Store:
                 },
             )
         self._known: dict[tuple[str, str], Seen] = {}
+        self._dots: dict[str, dict[tuple[str, int], float]] = {}  # of curves' runs, once known
         mine = [f"tags.`{name}` = '{self.tags[name]}'" for name in ("quest.origin", "quest.sweep")]
         page: str | None = ""
         while page is not None:
@@ -96,11 +97,12 @@ class Store:
     def put(self, run: Run) -> str:
         """Make the store show a run, whatever of it is there already; return its id."""
         name = (run.kind, run.key)
-        seen = self._known.get(name)
+        seen, tags = self._known.get(name), self._tags(run)
         if seen is None:
-            seen = self._known[name] = Seen(self._create(run))
+            seen = self._known[name] = Seen(self._create(run, tags))
+            tags = {}
         if seen.digest != run.digest:
-            self._write(seen.run_id, run)
+            self._write(seen.run_id, run, tags)
         elif seen.status == run.status:
             return seen.run_id
         self._close(seen.run_id, run)
@@ -117,17 +119,19 @@ class Store:
         """
         seen = self._known.get((run.kind, run.key))
         if seen is not None and seen.digest != run.digest:
-            logged = {
-                (name, metric.step): metric.value
-                for name in self.client.get_run(seen.run_id).data.metrics
-                for metric in self.client.get_metric_history(seen.run_id, name)
-            }
-            if any(
-                logged.get((name, step), value) != value for name, value, step, _ in run.metrics
-            ):
+            if seen.run_id not in self._dots:
+                self._dots[seen.run_id] = {
+                    (name, metric.step): metric.value
+                    for name in self.client.get_run(seen.run_id).data.metrics
+                    for metric in self.client.get_metric_history(seen.run_id, name)
+                }
+            dots = self._dots[seen.run_id]
+            if any(dots.get((name, step), value) != value for name, value, step, _ in run.metrics):
                 self.client.delete_run(seen.run_id)
                 del self._known[run.kind, run.key]
-        self.put(run)
+        run_id = self.put(run)
+        if seen is None or seen.digest != run.digest:
+            self._dots[run_id] = {(name, step): value for name, value, step, _ in run.metrics}
 
     def gather(self) -> None:
         """Give points whose curve's run is gone, or came later, to the run it has now."""
@@ -137,14 +141,17 @@ class Store:
                 self.client.set_tag(seen.run_id, "mlflow.parentRunId", parent.run_id)
                 seen.parent = parent.run_id
 
-    def _create(self, run: Run) -> str:
+    def _create(self, run: Run, tags: Mapping[str, str]) -> str:
         created = self.client.create_run(
-            self.experiment_id, start_time=run.started, tags=self._tags(run), run_name=run.name
+            self.experiment_id, start_time=run.started, tags=dict(tags), run_name=run.name
         )
         return str(created.info.run_id)
 
-    def _write(self, run_id: str, run: Run) -> None:
-        """Artifacts, then values, then (MLflow writes tags last) the digest that says it is all."""
+    def _write(self, run_id: str, run: Run, tags: Mapping[str, str]) -> None:
+        """Artifacts, then values, then (MLflow writes tags last) the digest that says it is all.
+
+        Dots that a curve's run is known to hold are not sent again.
+        """
         from mlflow.entities import Metric, Param, RunTag
 
         if run.dataset is not None:
@@ -152,13 +159,14 @@ class Store:
         if run.samples is not None:
             text = json.dumps(run.samples, ensure_ascii=False)
             self.client.log_text(run_id, text, "samples.json")
-        metrics = [Metric(name, value, at, step) for name, value, step, at in run.metrics]
+        held = self._dots.get(run_id, {})
+        metrics = [Metric(n, v, at, s) for n, v, s, at in run.metrics if held.get((n, s)) != v]
         while len(metrics) > BATCH:
             self.client.log_batch(run_id, metrics=metrics[:BATCH])
             metrics = metrics[BATCH:]
         params = [Param(name, value) for name, value in run.params.items()]
-        tags = {**self._tags(run), "quest.digest": run.digest}
-        self.client.log_batch(run_id, metrics, params, [RunTag(k, v) for k, v in tags.items()])
+        noted = [RunTag(k, v) for k, v in {**tags, "quest.digest": run.digest}.items()]
+        self.client.log_batch(run_id, metrics, params, noted)
 
     def _close(self, run_id: str, run: Run) -> None:
         if run.status == "RUNNING":
