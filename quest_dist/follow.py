@@ -1,16 +1,19 @@
 """Follow: keep a copy of the results (MLflow) up to date without holding up the sweep.
 
-The copy is made in a thread of its own, at most every few seconds and only after something
-changed. The ledger is the truth; the copy can be made again by the same command.
+The copy is made in a thread of its own, only after something changed, at most every few seconds and
+for at most a tenth of the driver's time. The ledger is the truth; the copy can be made again by the
+same command.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 EVERY = 5.0  # seconds between two copies, at least
+SHARE = 0.1  # of the time may be computing for copies; waiting for a server is not
 log = logging.getLogger(__name__)
 
 
@@ -42,8 +45,9 @@ class Follower:
             if self._stop.is_set():
                 return
             self._changed.clear()
+            begin = time.thread_time()
             try:
                 self._copy()
             except Exception as error:  # a copy that fails must not stop the sweep
                 log.warning("no copy was made: %s: %s", type(error).__name__, error)
-            self._stop.wait(EVERY)
+            self._stop.wait(max(EVERY, (time.thread_time() - begin) / SHARE))

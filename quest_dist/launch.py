@@ -67,12 +67,13 @@ def run(
         launched = provenance or Provenance()
         if launched.config:
             launched.save(sweep.directory / "hydra")
-        tracker = _tracker(sweep, ledger, launched) if sweep.tracking["enabled"] else None
+        made = table.Made(ledger.version)
+        tracker = _tracker(sweep, ledger, launched, made) if sweep.tracking["enabled"] else None
         finished = True
-        with _following(sweep, ledger, tracker) as changed:
+        with _following(sweep, ledger, tracker, made) as changed:
             if work.all_units:
                 finished = _run(sweep, ledger, changed, run_unit, out)
-        return _close(sweep, ledger, tracker, launched, finished, out)
+        return _close(sweep, ledger, tracker, launched, made, finished, out)
 
 
 def _plan(sweep: Sweep, out: Console) -> int:
@@ -179,13 +180,13 @@ def _round(
 
 @contextlib.contextmanager
 def _following(
-    sweep: Sweep, ledger: Ledger, tracker: Tracker | None
+    sweep: Sweep, ledger: Ledger, tracker: Tracker | None, made: table.Made
 ) -> Iterator[Callable[[], None]]:
     """Copy the table to MLflow in the background; yields what says that it changed."""
     if tracker is None:
         yield lambda: None
         return
-    follower = Follower(lambda: tracker.sync(reported.rows(sweep, ledger)))
+    follower = Follower(lambda: tracker.sync(reported.rows(sweep, ledger, made)))
     follower.start()
     try:
         yield follower.notify
@@ -198,11 +199,12 @@ def _close(
     ledger: Ledger,
     tracker: Tracker | None,
     provenance: Provenance,
+    made: table.Made,
     finished: bool,
     out: Console,
 ) -> int:
-    rows = reported.rows(sweep, ledger)
-    launched = reported.launched(sweep, ledger, provenance)
+    rows = reported.rows(sweep, ledger, made)
+    launched = reported.launched(sweep, ledger, provenance, made)
     files = results.write(launched, sweep.directory)
     advice: list[str] = []
     for part in launched.parts:
@@ -244,7 +246,7 @@ def _order(rows: Sequence[table.Row], ledger: Ledger) -> list[str]:
     return ordering.statements(rows, ledger)
 
 
-def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:
+def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance, made: table.Made) -> Tracker:
     from quest_dist import projection, tracker
 
     known = projection.Sweep(
@@ -260,5 +262,5 @@ def _tracker(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Tracker:
         sweep.output_dir,
         known,
         ledger,
-        lambda rows: launched_texts(reported.launched(sweep, ledger, provenance)),
+        lambda rows: launched_texts(reported.launched(sweep, ledger, provenance, made)),
     )

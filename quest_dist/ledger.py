@@ -24,6 +24,7 @@ import os
 import socket
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,6 +109,7 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
         _check_header(self.path)
+        self._versions: Counter[str] = Counter()
         self._db = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
         try:
             with self._transaction() as db:
@@ -165,12 +167,18 @@ class Ledger:
             )
             if ran is not None:
                 db.execute("insert into ran values (?, ?, ?, ?, ?, ?, ?, ?)", ran)
+        with self._lock:
+            self._versions.update({row[0] for row in (*good, *bad)})
         return added
 
     def ran(self) -> list[Ran]:
         """Return when and where every sample ran that was reported, in the order of starting."""
         found = self._read("select * from ran order by started")
         return [Ran(unit, sample, bool(alone), *rest) for unit, sample, alone, *rest in found]
+
+    def version(self, point: str) -> int:
+        """Return a number that grows whenever this instance adds records of a point."""
+        return self._versions[point]
 
     def records(self, point: str) -> list[dict[str, Any]]:
         """Return the records of a point by sample: finished, or failed and not yet made good."""
@@ -198,9 +206,9 @@ class Ledger:
         """Return the measured mean (prefill, decode of one row) seconds a sample, None if none."""
         rows = self._read(
             "select avg(json_extract(body, '$.prefill_seconds')),"
-            " avg(json_extract(body, '$.seconds')) from record join point on key = point"
-            " where json_valid(body) and json_extract(identity, '$.model.name') = ?"
-            " and json_extract(identity, '$.task.name') = ?",
+            " avg(json_extract(body, '$.seconds')) from record where json_valid(body) and point in"
+            " (select key from point where json_extract(identity, '$.model.name') = ?"
+            " and json_extract(identity, '$.task.name') = ?)",
             model,
             task,
         )

@@ -119,11 +119,12 @@ class Store:
     def put(self, run: Run) -> str:
         """Make the store show a run, whatever of it is there already; return its id."""
         name = (run.kind, run.key)
-        seen = self._known.get(name)
+        seen, tags = self._known.get(name), self._tags(run)
         if seen is None:
-            seen = self._known[name] = Seen(self._create(run))
+            seen = self._known[name] = Seen(self._create(run, tags))
+            tags = {}
         if seen.digest != run.digest:
-            self._write(seen.run_id, run)
+            self._write(seen.run_id, run, tags, seen.dots or {})
         elif seen.status == run.status:
             return seen.run_id
         self._close(seen.run_id, run)
@@ -146,6 +147,7 @@ class Store:
         shown: dict[tuple[str, int], float] = {}
         if seen is not None:
             shown = self._dots(seen.run_id) if seen.dots is None else seen.dots
+            seen.dots = shown
         dots = {(metric, step): value for metric, value, step, _ in run.metrics}
         if seen is not None and any(shown.get(dot, v) != v for dot, v in dots.items()):
             self.client.delete_run(seen.run_id)
@@ -170,14 +172,23 @@ class Store:
                 self.client.set_tag(seen.run_id, "mlflow.parentRunId", parent.run_id)
                 seen.parent = parent.run_id
 
-    def _create(self, run: Run) -> str:
+    def _create(self, run: Run, tags: Mapping[str, str]) -> str:
         created = self.client.create_run(
-            self.experiment_id, start_time=run.started, tags=self._tags(run), run_name=run.name
+            self.experiment_id, start_time=run.started, tags=dict(tags), run_name=run.name
         )
         return str(created.info.run_id)
 
-    def _write(self, run_id: str, run: Run) -> None:
-        """Artifacts, then values, then (MLflow writes tags last) the digest that says it is all."""
+    def _write(
+        self,
+        run_id: str,
+        run: Run,
+        tags: Mapping[str, str],
+        held: Mapping[tuple[str, int], float],
+    ) -> None:
+        """Artifacts, then values, then (MLflow writes tags last) the digest that says it is all.
+
+        Dots that a curve's run is known to hold (`held`) are not sent again.
+        """
         from mlflow.entities import Metric, Param, RunTag
 
         if run.dataset is not None:
@@ -185,13 +196,13 @@ class Store:
         if run.samples is not None:
             text = json.dumps(run.samples, ensure_ascii=False)
             self.client.log_text(run_id, text, "samples.json")
-        metrics = [Metric(name, value, at, step) for name, value, step, at in run.metrics]
+        metrics = [Metric(n, v, at, s) for n, v, s, at in run.metrics if held.get((n, s)) != v]
         while len(metrics) > BATCH:
             self.client.log_batch(run_id, metrics=metrics[:BATCH])
             metrics = metrics[BATCH:]
         params = [Param(name, value) for name, value in run.params.items()]
-        tags = {**self._tags(run), "quest.digest": run.digest}
-        self.client.log_batch(run_id, metrics, params, [RunTag(k, v) for k, v in tags.items()])
+        noted = [RunTag(k, v) for k, v in {**tags, "quest.digest": run.digest}.items()]
+        self.client.log_batch(run_id, metrics, params, noted)
 
     def _close(self, run_id: str, run: Run) -> None:
         if run.status == "RUNNING":

@@ -29,7 +29,9 @@ def average(table: Sequence[Row]) -> list[Row]:
     for row in scored:
         unit = (row.method, row.budget, row.page_size, row.dense_layers)
         groups.setdefault((*row.setting, *unit), []).append(row)
-    tasks = {row.setting: {r.task for r in scored if r.setting == row.setting} for row in scored}
+    tasks: dict[tuple[object, ...], set[str]] = {}
+    for row in scored:
+        tasks.setdefault(row.setting, set()).add(row.task)
     rows = []
     for members in groups.values():
         count = len(members)

@@ -78,6 +78,12 @@ class Point:
         shared = ("model", "task", "data", "protocol", "page_size", "seed")
         return digest({name: identity[name] for name in shared})
 
+    @cached_property
+    def ground(self) -> str:
+        """What points share that can be compared with the same full: a family but for its pages."""
+        identity = self.identity
+        return digest([identity[name] for name in ("model", "task", "data", "protocol", "seed")])
+
     def __hash__(self) -> int:
         return hash(self.key)
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from quest_dist import plan
@@ -66,10 +67,11 @@ class Run:
     dataset: Dataset | None = None
     samples: Mapping[str, Any] | None = None  # a table, columns and data
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A name for all of the above: equal digests need no writing."""
-        plain = asdict(self)
+        plain = {part.name: getattr(self, part.name) for part in fields(self)}
+        plain["dataset"] = self.dataset and asdict(self.dataset)
         plain["metrics"] = [list(metric) for metric in self.metrics]
         return plan.digest(plain)
 

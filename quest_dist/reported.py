@@ -13,19 +13,19 @@ from quest_dist.prepare import Sweep
 from quest_dist.provenance import Provenance
 from quest_dist.report import definitions
 from quest_dist.report.launched import Launched, Part
-from quest_dist.table import Row
+from quest_dist.table import Made, Row
 from quest_dist.work import EMPTY
 
 
-def rows(sweep: Sweep, ledger: Ledger) -> list[Row]:
-    """The table of all points, with what searches found."""
-    found = table.rows(sweep.points, ledger, sweep.asking(ledger, EMPTY).counts)
+def rows(sweep: Sweep, ledger: Ledger, made: Made | None = None) -> list[Row]:
+    """The table of all points, with what searches found; `made` keeps rows for the next time."""
+    found = table.rows(sweep.points, ledger, sweep.asking(ledger, EMPTY).counts, made)
     for part in sweep.parts:
         found = matched.told(part.search, part.points, part.counts, sweep.exclusive, ledger, found)
     return found
 
 
-def by_part(sweep: Sweep, ledger: Ledger) -> list[list[Row]]:
+def by_part(sweep: Sweep, ledger: Ledger, made: Made | None = None) -> list[list[Row]]:
     """The table of each part's points, with what its own search found."""
     asking = sweep.asking(ledger, EMPTY).parts
     return [
@@ -35,13 +35,15 @@ def by_part(sweep: Sweep, ledger: Ledger) -> list[list[Row]]:
             part.counts,
             sweep.exclusive,
             ledger,
-            table.rows(part.points, ledger, now.counts),
+            table.rows(part.points, ledger, now.counts, made),
         )
         for part, now in zip(sweep.parts, asking, strict=True)
     ]
 
 
-def launched(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Launched:
+def launched(
+    sweep: Sweep, ledger: Ledger, provenance: Provenance, made: Made | None = None
+) -> Launched:
     """What is reported: each part with its figures and its own rows."""
     parts = tuple(
         Part(
@@ -51,7 +53,7 @@ def launched(sweep: Sweep, ledger: Ledger, provenance: Provenance) -> Launched:
             provenance.command if len(sweep.parts) == 1 else _command(part.name, provenance),
             part.about,
         )
-        for part, own in zip(sweep.parts, by_part(sweep, ledger), strict=True)
+        for part, own in zip(sweep.parts, by_part(sweep, ledger, made), strict=True)
     )
     specs = {point.method.name: point.method for point in sweep.points}
     return Launched(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import math
 import os
@@ -26,8 +27,8 @@ from typing import Any
 import quest_dist
 from quest_dist import redact
 from quest_dist.cluster import Cluster, Workers, check_fits
-from quest_dist.plan import Unit
 from quest_dist.schedule import Round, by_model, can_retry, resolve, witnessed
+from quest_dist.spec import Spec
 from quest_dist.worker import Runtime, describe
 
 # Read by Ray when it is imported: no telemetry, no per-trial log files, no change of directory.
@@ -36,6 +37,7 @@ _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # nothing reads the state that Tune would keep saving
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 for _name, _value in _SETTINGS.items():
@@ -173,16 +175,17 @@ class Tuned:
             # those of a model must follow each other to find it loaded.
             at_once = 1
             units = sorted(units, key=lambda unit: models[unit.first.model.canonical()])
-        # `import_path` lets workers find the evaluator where the driver found it (tests).
+        # `import_path` lets workers find the evaluator where the driver found it (tests). Tune
+        # copies all units for each trial that it makes of one: texts are shared, dictionaries not.
         config = {
-            "unit": tune.grid_search([unit.to_dict() for unit in units]),
+            "unit": tune.grid_search([json.dumps(unit.to_dict()) for unit in units]),
             "runtime": Runtime(workers.cpus, workers.gpus).to_dict(),
             "run_unit": self.run_unit,
             "import_path": [p for p in sys.path if p],
         }
 
         def bundle(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
-            model = models[Unit.from_dict(config["unit"]).first.model.canonical()]
+            model = models[Spec.from_dict(json.loads(config["unit"])["model"]).canonical()]
             need = {"CPU": cpus, "memory": 1024.0 * (1 + model)}
             return tune.PlacementGroupFactory(
                 [need | ({"GPU": workers.gpus} if workers.gpus else {})]
@@ -196,7 +199,7 @@ class Tuned:
                 reuse_actors=True,
                 scheduler=Replacing(),
                 max_concurrent_trials=at_once,
-                trial_name_creator=lambda trial: f"unit-{trial.config['unit']['key'][:8]}",
+                trial_name_creator=lambda trial: f"unit-{_key(trial)[:8]}",
                 trial_dirname_creator=lambda trial: f"{trial.trial_id}",
             ),
             run_config=tune.RunConfig(
@@ -254,15 +257,14 @@ def evaluate(config: Mapping[str, Any], secrets: Mapping[str, str] | None = None
     """
     os.environ.update(secrets or {})
     sys.path += [path for path in config["import_path"] if path not in sys.path]
+    unit = json.loads(config["unit"])
     try:
         run_unit = resolve(config["run_unit"])
-        for report in witnessed(run_unit, config["unit"], config["runtime"]):
+        for report in witnessed(run_unit, unit, config["runtime"]):
             tune.report({"report": report})
     except Exception as error:
-        unit = config["unit"]["key"]
-        tune.report(
-            {"broken": {"unit": unit, "message": describe(error), "again": can_retry(error)}}
-        )
+        said = {"unit": unit["key"], "message": describe(error), "again": can_retry(error)}
+        tune.report({"broken": said})
         if can_retry(error):
             raise  # a fresh process for whatever comes next
 
@@ -317,8 +319,12 @@ class Delivery(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note a unit whose process ended without saying why."""
         if self.current is not None:
-            key = trial.config["unit"]["key"]
-            self.current.broken.setdefault(key, (_last_words(trial), True))
+            self.current.broken.setdefault(_key(trial), (_last_words(trial), True))
+
+
+def _key(trial: Any) -> str:
+    """The key of a trial's unit."""
+    return str(json.loads(trial.config["unit"])["key"])
 
 
 def _last_words(trial: Any) -> str:

@@ -8,11 +8,11 @@ Every difference with full is paired over the samples both have.
 from __future__ import annotations
 
 import csv
+import functools
 import io
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,19 +105,47 @@ class Row:
         return (*where, self.method, self.label, self.page_size, self.dense_layers)
 
 
-def rows(points: Sequence[Point], ledger: Records, expected: Mapping[str, int]) -> list[Row]:
-    """The table, in the order of the points; `expected` maps a key to the samples asked for."""
-    records = {point.key: ledger.records(point.key) for point in points}
+@dataclass
+class Made:
+    """What `rows` made before of one ledger, so that it makes again only what has changed since.
+
+    `version` gives of a point's key a number that differs whenever its records do.
+    """
+
+    version: Callable[[str], int]
+    metrics: dict[str, tuple[int, str]] = field(default_factory=dict)
+    rows: dict[tuple[str, str, int, str], tuple[int, int, Row]] = field(default_factory=dict)
+
+
+def rows(
+    points: Sequence[Point],
+    ledger: Records,
+    expected: Mapping[str, int],
+    made: Made | None = None,
+) -> list[Row]:
+    """The table, in the order of the points; `expected` maps a key to the samples asked for, and
+    `made` keeps what the next call need not make again."""
+    made = Made(lambda point: 0) if made is None else made
+    # Before the records are read: what arrives meanwhile then makes a row once too often.
+    version = {point.key: made.version(point.key) for point in points}
+    read = functools.cache(ledger.records)
     metrics: dict[str, str] = {}
     for point in points:
-        for record in records[point.key][:1]:
-            metrics[point.task.name] = str(record["metric"])
-    full = full_of(points)
+        if made.metrics.get(point.key, (-1,))[0] != version[point.key]:
+            metric = next((str(record["metric"]) for record in read(point.key)), "")
+            made.metrics[point.key] = (version[point.key], metric)
+        if metric := made.metrics[point.key][1]:
+            metrics[point.task.name] = metric
+    bases = full_of(points)
     table = []
     for point in points:
-        reference = records[full[point.key].key] if point.key in full else []
+        base = bases[point.key].key if point.key in bases else ""
         count, metric = expected.get(point.key, 0), metrics.get(point.task.name, "")
-        table.append(_row(point, records[point.key], reference, count, metric))
+        place, now = (point.key, base, count, metric), (version[point.key], version.get(base, 0))
+        if place not in made.rows or made.rows[place][:2] != now:
+            row = _row(point, read(point.key), read(base) if base else (), count, metric)
+            made.rows[place] = (*now, row)
+        table.append(made.rows[place][2])
     return table
 
 
@@ -130,16 +158,9 @@ def full_of(points: Sequence[Point]) -> dict[str, Point]:
     for point in points:
         if point.method.name == "full":
             found[point.family] = point
-            found.setdefault(_ground(point), point)
-    bases = {p.key: found.get(p.family) or found.get(_ground(p)) for p in points}
+            found.setdefault(point.ground, point)
+    bases = {p.key: found.get(p.family) or found.get(p.ground) for p in points}
     return {key: base for key, base in bases.items() if base is not None}
-
-
-def _ground(point: Point) -> str:
-    """What a point must share with the full it is compared with, as text."""
-    return json.dumps(
-        [point.identity[k] for k in ("model", "task", "data", "protocol", "seed")], sort_keys=True
-    )
 
 
 def _row(
@@ -213,7 +234,7 @@ def to_csv(table: Iterable[Row]) -> str:
     writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
     writer.writeheader()
     for row in table:
-        writer.writerow({key: _cell(value) for key, value in asdict(row).items()})
+        writer.writerow({key: _cell(value) for key, value in vars(row).items()})
     return text.getvalue()
 
 

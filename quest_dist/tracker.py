@@ -70,7 +70,7 @@ class Tracker:
         self.user = sweep.user or _user()
         self._store: Store | None = None
         self._texts = texts
-        self._shown: dict[str, str] = {}  # point key -> its row as last synced
+        self._shown: dict[str, Row] = {}  # point key -> its row as last synced
         self._logged: dict[str, str] = {}  # artifact -> its text as last synced
         self._failed_at: float | None = None  # None: the last try succeeded
         self._failed = False  # ever
@@ -165,10 +165,11 @@ class Tracker:
             store.put_curve(run)
         shown = {"finished", "failed", "partial"} if closed else {"finished", "failed"}
         for row in rows:
-            if row.status in shown and self._shown.get(row.point) != repr(row):
+            before = self._shown.get(row.point)  # a row may hold NaN, which differs from itself
+            if row.status in shown and before is not row and repr(before) != repr(row):
                 identity = self.ledger.identity(row.point) or {}
                 store.put(projection.point_run(row, identity, self.ledger.records(row.point)))
-                self._shown[row.point] = repr(row)
+                self._shown[row.point] = row
         store.gather()
         for path, text in self._texts(rows).items():
             if self._logged.get(path) != text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from quest_dist.prepare import Sweep
 #: Units are cut to at least so many seconds, so that starting a worker is worth it.
 UNIT_SECONDS = 30.0
 #: Units a worker should get, so that the last ones end together.
-UNITS_PER_WORKER = 4
+UNITS_PER_WORKER = 8
 EMPTY: Mapping[str, int] = {}
 SLICE_SECONDS = 900.0  # and never much longer than this, so that a lost worker loses little
 
@@ -55,7 +56,8 @@ class Work:
             found = ledger.done(key) if ledger is not None else nothing_done(key)
             return found | set(range(tried.get(key, 0)))
 
-        pace = ledger.pace if ledger is not None else no_pace
+        # Asked once for each unit, and it reads all records of a model and task.
+        pace = functools.cache(ledger.pace if ledger is not None else no_pace)
         timed = [point for point in sweep.points if point.key in sweep.exclusive]
         beside = [point for point in sweep.points if point.key not in sweep.exclusive]
         whole, refused = _fitting(
@@ -80,7 +82,7 @@ class Work:
                 return sweep.cluster.samples_per_unit
             return round(target / cost.sample_seconds(row, workers.cpus, gpu, pace)) or 1
 
-        found = units(beside, sweep.counts, done, size, seconds)
+        found = in_turn(units(beside, sweep.counts, done, size, seconds), seconds, workers.count)
         alone, too_large = _fitting(
             units(timed, sweep.counts, done, lambda row: 10**9, seconds), sweep.cluster
         )
@@ -103,6 +105,27 @@ class Work:
         for unit in self.units:
             ends[ends.index(min(ends))] += self.seconds(unit)
         return max(ends) + sum(map(self.seconds, self.alone))
+
+
+def in_turn(found: Sequence[Unit], seconds: Callable[[Unit], float], workers: int) -> list[Unit]:
+    """Units, longest first, in the order in which they should begin.
+
+    A worker keeps to the model that it has loaded as long as units of it are left. So several
+    workers get the models in turn, each in proportion to its work, and end together without
+    loading another; a single one gets model after model.
+    """
+    by_model: dict[str, list[Unit]] = {}
+    for unit in found:
+        by_model.setdefault(unit.first.model.canonical(), []).append(unit)
+    if workers == 1:
+        return [unit for own in by_model.values() for unit in own]
+    turns: list[tuple[float, Unit]] = []
+    for own in by_model.values():
+        total, begun = sum(map(seconds, own)), 0.0
+        for unit in own:
+            turns.append((begun / total, unit))
+            begun += seconds(unit)
+    return [unit for _, unit in sorted(turns, key=lambda turn: turn[0])]
 
 
 def _fitting(found: Sequence[Unit], cluster: Cluster) -> tuple[list[Unit], list[Refused]]:

@@ -76,6 +76,31 @@ def test_full_of_another_page_size_will_do_but_not_of_another_seed_or_model(
     assert table.rows([quest, full], ledger, {})[0].pairs == pairs
 
 
+def test_rows_are_made_again_only_where_records_changed(ledger: Ledger) -> None:
+    points = synthetic.points(["qasper"], ("full", "quest"), (256, 512))
+    full, one, two = points
+    synthetic.fill(ledger, [full, one], range(3))
+    made, expected = table.Made(ledger.version), dict.fromkeys(synthetic.keys(points), 4)
+
+    def again() -> list[table.Row]:
+        rows = table.rows(points, ledger, expected, made)
+        fresh = table.rows(points, ledger, expected)
+        assert [plain(row) for row in rows] == [plain(row) for row in fresh]
+        return rows
+
+    before = again()
+    assert all(a is b for a, b in zip(before, again(), strict=True))
+    synthetic.fill(ledger, [one], [3])
+    after = again()
+    assert [a is b for a, b in zip(before, after, strict=True)] == [True, False, True]
+    synthetic.fill(ledger, [full], [3], error="ValueError: broken")
+    assert not any(a is b for a, b in zip(after[:2], again()[:2], strict=True))
+    synthetic.fill(ledger, [full, two], [3])
+    assert [row.pairs for row in again()] == [4, 4, 1]
+    expected[full.key] = 5
+    assert [row.status for row in again()] == ["partial", "finished", "partial"]
+
+
 def test_csv_reads_back_to_equal_rows(tmp_path: Path, ledger: Ledger) -> None:
     points = synthetic.points(["qasper", "pg19", "passkey"])
     synthetic.fill(ledger, points[:9], range(3))

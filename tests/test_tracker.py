@@ -243,6 +243,29 @@ def test_a_wider_grid_lengthens_the_curves(folder: Path, ledger: Ledger) -> None
     assert steps == {("Quest", 256), ("Quest", 512), ("Full", 256), ("Full", 512)}
 
 
+def test_a_curve_that_grows_is_neither_read_back_nor_sent_again(
+    folder: Path, ledger: Ledger
+) -> None:
+    tracker = Tracker({}, folder, SWEEP, ledger)
+    client: Any = tracker._open().client
+    sent: list[tuple[str, int]] = []
+    log_batch, read = client.log_batch, client.get_metric_history
+
+    def counted(run_id: str, metrics: Any = (), *rest: Any) -> None:
+        sent.extend((m.key, m.step) for m in metrics if m.key.startswith("score/"))
+        log_batch(run_id, metrics, *rest)
+
+    client.log_batch = counted
+    client.get_metric_history = None  # calling it would be an error
+    for budgets in ((256,), (256, 512), (256, 512, 1024)):
+        points = synthetic.points(["qasper"], ("quest",), budgets)
+        synthetic.fill(ledger, points, range(2))
+        assert tracker.sync(rows_of(ledger, points, 2))
+    assert sent == [("score/qasper", 256), ("score/qasper", 512), ("score/qasper", 1024)]
+    client.get_metric_history = read
+    assert max(values_of(tracker).values()) == 1
+
+
 def test_more_samples_move_the_dots_and_keep_the_points_history(
     folder: Path, ledger: Ledger
 ) -> None:

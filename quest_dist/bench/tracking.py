@@ -187,7 +187,9 @@ def _runs(uri: str, experiment: str) -> int:
 
     client = connect(uri)
     found, page = 0, ""
-    number = client.get_experiment_by_name(experiment).experiment_id
+    known = client.get_experiment_by_name(experiment)
+    assert known is not None, "the launch made it"
+    number = known.experiment_id
     while True:
         runs = client.search_runs([number], max_results=1000, page_token=page or None)
         found, page = found + len(runs), runs.token or ""
