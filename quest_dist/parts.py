@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quest_dist import redact
 from quest_dist.cluster import Cluster
 from quest_dist.prepare import Sweep, check_name, output_dir, prepare
 
@@ -29,7 +30,7 @@ def combined(config: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> S
             counts[key] = max(count, counts.get(key, 0))
     return Sweep(
         name=str(config["name"]),
-        about=str(config["about"]),
+        about=redact.text(str(config["about"])),
         output_dir=output_dir(config),
         parts=tuple(part for sweep in prepared for part in sweep.parts),
         points=tuple(points.values()),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quest_dist import cluster, figures, matched, models, plan
+from quest_dist import cluster, figures, matched, models, plan, redact
 from quest_dist.cluster import Cluster
 from quest_dist.plan import Point, Spec
 from quest_dist.search import Search
@@ -102,7 +102,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
         matched.check(points, metrics)
     samples = {name: task.count() for name, task in tasks.items()}
     counts = {p.key: min(samples[p.task.name], limit or samples[p.task.name]) for p in points}
-    name, about = str(config["name"]), str(config["about"])
+    name, about = str(config["name"]), redact.text(str(config["about"]))
     return Sweep(
         name=name,
         about=about,
