@@ -93,15 +93,18 @@ class Tuned:
     def _start(self) -> None:
         # Ray listens on every interface unless it thinks that nodes cannot join.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        ray.init(
-            address="local",
-            num_cpus=self.cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="quest_dist",
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=self.cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="quest_dist",
+            )
+        except Exception as error:  # Ray's own are no more than that
+            raise ValueError(f"cluster: Ray did not start here ({describe(error)})") from error
         if raylet := _raylet():
             threading.Thread(target=self._watch, args=(raylet,), name="raylet", daemon=True).start()
 
