@@ -106,15 +106,18 @@ class Tuned:
         # read the variable; this one has, when ray was imported.
         if os.environ.setdefault(_JOINING, "0") == "0":
             ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(
-            address="local",
-            num_cpus=self.cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="quest_dist",
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=self.cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="quest_dist",
+            )
+        except Exception as error:  # Ray's own are no more than that
+            raise ValueError(f"cluster: Ray did not start here ({describe(error)})") from error
         if raylet := _raylet():
             threading.Thread(target=self._watch, args=(raylet,), name="raylet", daemon=True).start()
 
