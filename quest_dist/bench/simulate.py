@@ -111,18 +111,17 @@ def _round(
             outcome.makespan = max(outcome.makespan, served + driver.report)
             busy = driver.report
         if not worker.samples:
-            found = _next(waiting, worker.model)
-            if found is None:
+            taken = _next(waiting, worker.model)
+            if taken is None:
                 driver_free = max(driver_free, served + busy)
                 outcome.driver += busy
                 continue
-            job = found
             busy += driver.unit
-            if job.model != worker.model:
-                setup = job.load
+            if taken.model != worker.model:
+                setup = taken.load
                 outcome.loads += 1
-            worker.model, worker.load = job.model, job.load
-            worker.samples = deque(job.samples)
+            worker.model, worker.load = taken.model, taken.load
+            worker.samples = deque(taken.samples)
         driver_free = served + busy
         outcome.driver += busy
         takes = setup + worker.samples[0]
