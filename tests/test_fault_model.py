@@ -10,7 +10,11 @@ DOCUMENT = TESTS.parent / "docs" / "faults.md"
 
 
 def test_every_line_names_tests_that_exist() -> None:
-    rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")][1:]
+    rows = [
+        line
+        for line in DOCUMENT.read_text().partition("## Measured")[0].splitlines()
+        if line.startswith("| ")
+    ][1:]
     assert len(rows) > 12
     for row in rows:
         named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.rsplit("|", 2)[1])
