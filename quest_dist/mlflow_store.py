@@ -28,6 +28,7 @@ BATCH = 900  # metrics in one request; MLflow takes 1000
 LONGEST_TAG = 5000  # characters; older servers take no more
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines a run, where there is a server
     # 7 tries of 120 s would take a quarter of an hour. None here: a request repeated blindly makes
     # a run twice; whoever tries again (tracker) looks first at what is there.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",

@@ -63,6 +63,7 @@ def ended(process: Any, timeout: float = 240) -> str:
     text, errors = process.communicate(timeout=timeout)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
+    assert "View run" not in text  # MLflow's own words, twice a point
     return str(text + errors)
 
 
