@@ -22,6 +22,20 @@ from quest_dist.prepare import prepare
 from quest_dist.work import Work
 
 TWO = ("cluster=local", "cluster.workers=2")
+TWO_NODES = """
+import sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+import beating_unit
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+try:
+    nodes.add_node(num_cpus=2)
+    attached = ["cluster=ray", f"cluster.address={nodes.address}", "cluster.cpus_per_worker=1"]
+    status = beating_unit.sweep(Path(sys.argv[1]), [*attached, *sys.argv[2:]])
+finally:
+    nodes.shutdown()
+sys.exit(status)
+"""
 
 
 @pytest.fixture
@@ -96,16 +110,18 @@ def test_a_killed_driver_leaves_no_worker_beside_the_times(tmp_path: Path, log: 
 def test_on_a_cluster_with_room_for_more_times_still_go_one_by_one(
     tmp_path: Path, log: Path
 ) -> None:
-    from ray.cluster_utils import Cluster as Nodes
-
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
-        nodes.add_node(num_cpus=2)
-        attached = ("cluster=ray", f"cluster.address={nodes.address}", "cluster.cpus_per_worker=1")
-        env = (f"+cluster.env.BEAT_LOG={log}", "+cluster.env.BEAT_SECONDS='0.4'")
-        assert beating_unit.sweep(tmp_path / "out", [*attached, *env]) == 0
-    finally:
-        nodes.shutdown()
+    env = (f"+cluster.env.BEAT_LOG={log}", "+cluster.env.BEAT_SECONDS='0.4'")
+    # In a process of its own: this one may have had a private cluster, which Ray does not forget.
+    command = [sys.executable, "-c", TWO_NODES, str(tmp_path / "out"), *env]
+    paths = os.pathsep.join([str(Path(beating_unit.__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     found = ran(tmp_path / "out")
     assert len([each for each in found if each.alone]) == 6
     assert together(found) == beside(beating_unit.beats(log)) == {(False, False)}
