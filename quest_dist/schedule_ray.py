@@ -41,8 +41,10 @@ for _name, _value in _SETTINGS.items():
 import ray  # noqa: E402
 import ray.exceptions  # noqa: E402
 from ray import tune  # noqa: E402
+from ray._private import ray_constants  # noqa: E402
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
 
+_JOINING = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 OBJECT_STORE_BYTES = 200 * 2**20  # reports are small; Ray would take 30 % of the memory
 #: Variables of the driver that the workers of an attached cluster get too.
 _CARRIED = ("HF_", "QUEST_", "OMP_", "TOKENIZERS_")
@@ -59,6 +61,7 @@ class Tuned:
         self.cluster, self.cpus = cluster, cpus
         self.storage, self.run_unit = storage.absolute(), run_unit
         self._started = False
+        self._joining = os.environ.get(_JOINING), ray_constants.ENABLE_RAY_CLUSTER
         self._rounds = 0
 
     def __enter__(self) -> Tuned:
@@ -81,10 +84,16 @@ class Tuned:
             self.storage.rmdir()
         if self._started:
             ray.shutdown()
+            # A cluster that is attached to later may be one of many machines.
+            ray_constants.ENABLE_RAY_CLUSTER = self._joining[1]
+            os.environ.pop(_JOINING, None)
+            os.environ.update({_JOINING: self._joining[0]} if self._joining[0] else {})
 
     def _start(self) -> None:
-        # Ray listens on every interface unless it thinks that nodes cannot join.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Ray listens on every interface unless it thinks that nodes cannot join. Its processes
+        # read the variable; this one has, when ray was imported.
+        if os.environ.setdefault(_JOINING, "0") == "0":
+            ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
             address="local",
             num_cpus=self.cpus,
