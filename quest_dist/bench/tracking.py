@@ -236,6 +236,9 @@ def _store(kind: str, folder: Path, database: str | None) -> Iterator[str]:
         _wait(server, port, folder / "server.log")
         yield f"http://127.0.0.1:{port}"
     finally:
+        if (status := server.poll()) is not None:
+            said = (folder / "server.log").read_text()[-1000:]
+            print(f"the server ended by itself, status {status}: {said}", file=sys.stderr)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()
