@@ -15,6 +15,9 @@ from quest_dist.lossless import Lossless
 from quest_dist.report.verdicts import Line
 from quest_dist.table import Panel, Row, pivot
 
+#: Decimals of a score, where they are not one.
+DIGITS = {"perplexity": 2, "nll_increase": 5}
+
 
 def console() -> Console:
     """Return a console on what is standard output now, whoever redirects it later.
@@ -139,8 +142,7 @@ def _cell(row: Row | None) -> str:
         return ""
     if row.n == 0:
         return escape(row.status)
-    digits = 2 if row.metric == "perplexity" else 1
-    text = f"{row.score:.{digits}f}"
+    text = f"{row.score:.{DIGITS.get(row.metric, 1)}f}"
     if not math.isnan(row.low):
         text += f" [dim]{_bound(row, row.low)}\u2013{_bound(row, row.high)}[/dim]"
     return text if row.status == "finished" else f"{text} ({row.n}/{row.n_expected})"
@@ -148,7 +150,7 @@ def _cell(row: Row | None) -> str:
 
 def _bound(row: Row, value: float) -> str:
     # An interval of a perplexity from few samples can reach into the millions.
-    return f"{value:.3g}" if row.metric == "perplexity" else f"{value:.0f}"
+    return f"{value:.3g}" if row.metric in DIGITS else f"{value:.0f}"
 
 
 def _short(path: Path) -> str:

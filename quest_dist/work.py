@@ -106,13 +106,14 @@ class Work:
 
 
 def _fitting(found: Sequence[Unit], cluster: Cluster) -> tuple[list[Unit], list[Refused]]:
-    """The units that a worker here can hold by estimate, and those that none can."""
+    """The units that a worker here can hold by estimate, and those that none can. Of a model that
+    states no shape nothing is known."""
     room = worker_memory(cluster) if cluster.check_memory else None
     if room is None:
         return list(found), []
     fitting, refused = [], []
     for unit in found:
-        need = cost.worker_bytes(unit.points)
+        need = cost.worker_bytes(unit.points) if unit.first.model.settings.get("shape") else 0
         if need <= room:
             fitting.append(unit)
             continue

@@ -28,9 +28,17 @@ def test_nothing_is_begun_where_no_unit_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(work, "worker_memory", lambda cluster: 2**20)
+    shape = "+model.tiny.shape={parameters:1000}"
     with pytest.raises(ValueError, match=r"passkey on tiny: needs .* GiB .*check_memory=false"):
-        run(tmp_path / "out")
-    assert run(tmp_path / "out", "cluster.check_memory=false")[0] == launch.FINISHED
+        run(tmp_path / "out", shape)
+    assert run(tmp_path / "out", shape, "cluster.check_memory=false")[0] == launch.FINISHED
+
+
+def test_of_a_model_without_a_shape_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "worker_memory", lambda cluster: 2**20)
+    assert run(tmp_path / "out")[0] == launch.FINISHED
 
 
 def test_what_fits_runs_and_the_rest_is_said_and_kept_as_failed(

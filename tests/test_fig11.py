@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
 import synthetic_sweep as synthetic
 
-from quest_dist import details, figures, matched, table
+from quest_dist import details, figures, lossless, matched, report, table
 from quest_dist.figures import fig11, latency_at
 from quest_dist.figures.caption import Caption
 from quest_dist.ledger import Ledger
+from quest_dist.report.launched import Launched, Part
 from quest_dist.search import Search
 from quest_dist.table import Row
 
@@ -137,3 +139,12 @@ def test_a_bracket_is_held_against_the_papers_budget(
 def test_a_table_without_a_search_has_no_figure_11(rows: list[Row], tmp_path: Path) -> None:
     assert figures.draw("fig11", [replace(r, details="{}") for r in rows], tmp_path) == []
     assert figures.verdicts("fig11", [])["fig11a"].verdict == "not run"
+
+
+def test_the_report_tells_what_was_searched_in_its_own_terms(rows: list[Row]) -> None:
+    page = report.page(Launched("matched", (Part("matched", (), tuple(rows), "run it"),)), [], [])
+    assert "Searched, not swept: here within" in page
+    for finding in lossless.found(rows):
+        assert escape(finding.said()) in page
+        if finding.budget is not None:
+            assert f'<td class="n lossless">{finding.budget}</td>' in page

@@ -41,7 +41,7 @@ def test_tasks(path, tmp_path):
     assert name == path.stem
     task = Spec(name, settings).build(data=Generated(), seed=0, protocol={"tail": "question"})
     timed = task.metric in stats.TIMES
-    assert task.count() == (6 if timed else 10)
+    assert task.count() == (9 if timed else 10)
     assert task.exclusive is timed
     assert task.metric in {*stats.POINTS, *stats.LOWER_IS_BETTER}
     assert json.loads(json.dumps(task.identity())) == task.identity()

@@ -54,7 +54,7 @@ def test_kernels_are_timed_by_their_parts_beside_full(tmp_path: Path) -> None:
     assert (tmp_path / "tiny" / "fig08.png").stat().st_size > 10_000
     quest, full = rows["kernels_512", "quest", 64], rows["kernels_512", "full", None]
     assert quest.metric == "attention_us"
-    assert (quest.n, quest.attended, full.attended) == (6, 64.0, 512.0)
+    assert (quest.n, quest.attended, full.attended) == (9, 64.0, 512.0)
     assert rows["kernels_512", "quest", 1024].attended == 512.0
     assert quest.score == pytest.approx(quest.fact("us"))
     assert 0 < quest.low <= quest.score <= quest.high

@@ -49,6 +49,12 @@ def said(axes: Axes, x: float, y: float, text: str, color: str = style.INK) -> N
         )
 
 
+def inside(axes: Axes, x: float, text: str) -> None:
+    """A few words up the foot of a bar."""
+    how: dict[str, Any] = {"ha": "center", "va": "bottom", "rotation": 90, "zorder": 8}
+    axes.text(x, 0.02, text, size=6.2, color="white", **how)
+
+
 def ticks(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
     """Names below groups of bars, and room above for words and legend."""
     axes.set_xticks(list(places), list(names))

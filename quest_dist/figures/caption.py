@@ -45,7 +45,8 @@ def small_print(rows: Sequence[Row], caption: Caption, notes: Sequence[str]) -> 
     made = [models, data, *([] if _times(rows) else [f"protocol {protocols}"]), samples(rows)]
     facts = [", ".join(made)]
     if page:
-        facts.append(f"Page size {page}, first {dense} layers dense")
+        layers = "no layer dense" if dense == "0" else f"first {dense} layers dense"
+        facts.append(f"Page size {page}, {layers}")
     facts += notes[:1]
     where = [caption.hardware, caption.commit and f"commit {caption.commit}", caption.date]
     text = [". ".join(facts) + ".", *notes[1:], ", ".join(fact for fact in where if fact)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -60,8 +61,24 @@ def _draw(panels: list[Axes], group: Group) -> Plotted:
         style.budget_axis(axes, contexts)
         axes.set_xlabel("context, tokens")
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, handlelength=1.6, labelspacing=0.3, borderaxespad=0.1)
+            how: dict[str, Any] = {"frameon": True, "framealpha": 0.85, "edgecolor": "none"}
+            how |= {"fontsize": 7, "handlelength": 1.6, "labelspacing": 0.3, "borderaxespad": 0.1}
+            axes.legend(**how).set_zorder(9)
+        _fit(axes)
     return plotted
+
+
+def _fit(axes: Axes) -> None:
+    """Let the marks, not their intervals, say how high the panel is: one disturbed repeat would
+    flatten all lines."""
+    marks: list[Any] = [line.get_ydata() for line in axes.lines]
+    seen = [float(y) for line in marks for y in line if 0 < float(y) < math.inf]
+    if not seen:
+        return
+    if axes.get_yscale() == "log":
+        axes.set_ylim(min(seen) / 1.5, max(seen) * 2.2)
+    else:
+        axes.set_ylim(0, max(seen) * 1.25)
 
 
 def _estimate(axes: Axes, group: Group) -> Plotted:

@@ -25,6 +25,7 @@ PARTS = ("fig10a", "fig10b")
 NOT_RUN = Verdict("not run", "4-bit weights are not implemented")
 CONTEXTS = (8192, 16384, 32768)
 COLUMNS = ("full", "512", "1024", "2048", "4096")
+HIGHEST = 1.2  # where words above a bar stand at most, whatever its interval
 COLORS = (style.INK, *times.BLUES[:4])
 NOTES = (
     "On ours: milliseconds a token and, on Quest's, the speed-up over full. Hatched: the paper,"
@@ -64,8 +65,11 @@ def _draw(panels: list[Axes], group: Group) -> Plotted:
     first.set_ylabel("time / full's at the same context")
     where: dict[str, Any] = {"ha": "right", "va": "top", "transform": second.transAxes}
     second.text(0.99, 0.99, f"{NOT_RUN}\nthe paper's alone", size=8, color=style.WARN, **where)
-    how = {"fontsize": 7, "handlelength": 1.4, "labelspacing": 0.3, "borderaxespad": 0.1}
-    first.legend(loc="upper right", ncols=3, columnspacing=1.0, **how)
+    how: dict[str, Any] = {"fontsize": 7, "handlelength": 1.4, "labelspacing": 0.3}
+    how |= {"borderaxespad": 0.1, "ncols": 3, "columnspacing": 1.0}
+    how |= {"loc": "upper right", "bbox_to_anchor": (1.0, 0.9)}  # below the words
+    handles, labels = first.get_legend_handles_labels()
+    second.legend(handles, labels, **how)
     return plotted
 
 
@@ -91,9 +95,10 @@ def _bars(axes: Axes, table: str, group: Group | None) -> Plotted:
                 ours = inverse(fact(row, "speedup"))
             label = "full" if name == "full" else f"budget {style.tokens(int(name))}"
             bars.ours(axes, x - bars.WIDTH / 2, [(label, ours[0], color)], ours)
-            over = "" if row is full else f"\n{1 / ours[0]:.2f}x"
-            high = ours[0] if math.isnan(ours[2]) else ours[2]
-            bars.said(axes, x - bars.WIDTH / 2, max(high, theirs), f"{row.score:.0f}{over}")
+            at, high = x - bars.WIDTH / 2, ours[0] if math.isnan(ours[2]) else ours[2]
+            bars.inside(axes, at, f"{row.score:.0f} ms")
+            if row is not full:
+                bars.said(axes, at, min(max(high, theirs), HIGHEST), f"{1 / ours[0]:.2f}x")
             time = (row.score, row.low, row.high)
             quantity = "step / full step"
             plotted += entries(NAME, PARTS[0], group, row, quantity, ours, time, theirs, value)

@@ -70,7 +70,8 @@ def _table(axes: Axes, panel: Panel, named: bool) -> panels.Plotted:
     where: dict[str, Any] = {"va": "bottom", "size": 8.5, "color": style.FAINT}
     axes.text(-0.05, -0.12, "token budget", ha="right", **where)
     if named:
-        axes.text(0, -0.62, f"{panel.title} · {panel.model_label}", weight="bold", size=10)
+        said = f"{panel.title} · {panel.model_label}{_context(panel)}"
+        axes.text(0, -0.62, said, weight="bold", size=10)
     plotted: panels.Plotted = []
     for y, line in enumerate(lines):
         # Full has no budget: one cell as wide as the table.
@@ -84,6 +85,12 @@ def _table(axes: Axes, panel: Panel, named: bool) -> panels.Plotted:
                 if value is not None:
                     plotted.append(panels.paper_entry(NAME, row, line.label, value))
     return plotted
+
+
+def _context(panel: Panel) -> str:
+    """How long the prompts are, where anything was run."""
+    lengths = [row.context_tokens for line in panel.lines for row in line.rows() if row.n]
+    return f" · {max(lengths):.0f} tokens" if lengths else ""
 
 
 def _cell(axes: Axes, x: int, y: int, row: Row | None, wide: int) -> None:

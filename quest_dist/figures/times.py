@@ -232,7 +232,7 @@ def page(
 
 def taken(found: Sequence[Group]) -> list[str]:
     """How the times were taken, as their rows note it: the first notes of a caption."""
-    lines = ["Bars: 95 % intervals of the median over repeats"]
+    lines = ["Bars: 95 % intervals of the median over repeats, cut at the frame"]
     if len(found) > 1:
         lines.append(
             "Several devices, models or dtypes: a line of panels each; their times do not belong"

@@ -13,8 +13,9 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from quest_dist import overview, stats
+from quest_dist import lossless, overview, stats
 from quest_dist.figures import Drawn
+from quest_dist.lossless import Lossless
 from quest_dist.report import definitions, rerun, values
 from quest_dist.report.launched import Launched, Part, date
 from quest_dist.report.verdicts import Line
@@ -52,7 +53,8 @@ def page(launched: Launched, lines: Sequence[Line], drawn: Sequence[Drawn]) -> s
 
 def _advice(part: Part) -> dict[str, Any]:
     """A table of tasks by methods, where each pair has one curve; and every line in words."""
-    found = stats.advice([*part.rows, *overview.average(part.rows)])
+    searched = lossless.found(part.rows)
+    found = _searched(part, searched) or stats.advice([*part.rows, *overview.average(part.rows)])
     several = len({row.model for row in part.rows}) > 1
     cells: dict[str, dict[str, stats.Advice]] = {}
     for one in found:
@@ -65,8 +67,23 @@ def _advice(part: Part) -> dict[str, Any]:
         "part": part,
         "methods": methods,
         "table": table if alone else {},
-        "lines": [one.text for one in found],
+        "lines": [one.text for one in found] + lossless.totals(part.rows),
+        "searched": searched[0] if searched else None,
     }
+
+
+def _searched(part: Part, searched: Sequence[Lossless]) -> list[stats.Advice]:
+    """What a search found, as advice: its own terms, which allow for samples that it stopped at."""
+    largest: dict[tuple[object, ...], Row] = {}
+    for row in part.rows:
+        if row.budget is not None and lossless.part(row):
+            other = largest.get(row.curve)
+            if other is None or (other.budget or 0) < row.budget:
+                largest[row.curve] = row
+    return [
+        stats.Advice(row, one.budget, one.budget is not None or one.lossy == row.budget, one.said())
+        for row, one in zip(largest.values(), searched, strict=True)
+    ]
 
 
 def _figure(launched: Launched, lines: Sequence[Line], drawn: Drawn) -> dict[str, Any]:

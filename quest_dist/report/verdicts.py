@@ -73,10 +73,12 @@ def _of(name: str, part: Part) -> list[Line]:
         how = f"to run it: {command}" if command else "no sweep lists it"
         return [Line(name, NOT_RUN, f"{part.name} has no point of it; {how}", "0", "")]
     found = figures.verdicts(name, rows)
-    return [
-        Line(figure, said.verdict, _reason(said.reason, rows, part), counted(rows), f"{name}.png")
-        for figure, said in found.items()
-    ]
+    lines = []
+    for figure, said in found.items():
+        n = counted(() if said.verdict == NOT_RUN else rows)
+        reason = _reason(said.reason, rows, part)
+        lines.append(Line(figure, said.verdict, reason, n, f"{name}.png"))
+    return lines
 
 
 def _reason(reason: str, rows: Sequence[Row], part: Part) -> str:
