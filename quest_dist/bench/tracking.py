@@ -186,7 +186,8 @@ def _runs(uri: str, experiment: str) -> int:
 
     client = connect(uri)
     found, page = 0, ""
-    number = client.get_experiment_by_name(experiment).experiment_id
+    made = client.get_experiment_by_name(experiment)
+    number = made.experiment_id if made is not None else ""
     while True:
         runs = client.search_runs([number], max_results=1000, page_token=page or None)
         found, page = found + len(runs), runs.token or ""
