@@ -22,20 +22,6 @@ from quest_dist.prepare import prepare
 from quest_dist.work import Work
 
 TWO = ("cluster=local", "cluster.workers=2")
-TWO_NODES = """
-import sys
-from pathlib import Path
-from ray.cluster_utils import Cluster
-import beating_unit
-nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-try:
-    nodes.add_node(num_cpus=2)
-    attached = ["cluster=ray", f"cluster.address={nodes.address}", "cluster.cpus_per_worker=1"]
-    status = beating_unit.sweep(Path(sys.argv[1]), [*attached, *sys.argv[2:]])
-finally:
-    nodes.shutdown()
-sys.exit(status)
-"""
 
 
 @pytest.fixture
@@ -68,6 +54,13 @@ def beside(found: list[Beats]) -> set[tuple[bool, ...]]:
     }
 
 
+def start(program: str, out: Path, *overrides: str, **env: str) -> subprocess.Popen[bytes]:
+    here = Path(__file__).parent
+    path = {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here), *sys.path[1:]])}
+    command = [sys.executable, str(here / program), str(out), *overrides]
+    return subprocess.Popen(command, env=os.environ | path | env, stdout=subprocess.DEVNULL)
+
+
 @pytest.mark.slow
 def test_times_run_alone_after_all_rungs_of_a_search(tmp_path: Path, log: Path) -> None:
     search = ("search.delta=15", "search.first_samples=8", "task.passkey.samples=40")
@@ -84,11 +77,8 @@ def test_times_run_alone_after_all_rungs_of_a_search(tmp_path: Path, log: Path) 
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_no_worker_beside_the_times(tmp_path: Path, log: Path) -> None:
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "BEAT_SECONDS": "20"}
     out = tmp_path / "out"
-    command = [sys.executable, str(here / "beating_unit.py"), str(out), *TWO]
-    driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    driver = start("beating_unit.py", out, *TWO, BEAT_SECONDS="20")
     ends = time.monotonic() + 90
     while not log.exists() or len({each.process for each in beating_unit.beats(log)}) < 2:
         assert time.monotonic() < ends, "no worker started"
@@ -110,18 +100,8 @@ def test_a_killed_driver_leaves_no_worker_beside_the_times(tmp_path: Path, log: 
 def test_on_a_cluster_with_room_for_more_times_still_go_one_by_one(
     tmp_path: Path, log: Path
 ) -> None:
-    env = (f"+cluster.env.BEAT_LOG={log}", "+cluster.env.BEAT_SECONDS='0.4'")
-    # In a process of its own: this one may have had a private cluster, which Ray does not forget.
-    command = [sys.executable, "-c", TWO_NODES, str(tmp_path / "out"), *env]
-    paths = os.pathsep.join([str(Path(beating_unit.__file__).parent), *filter(None, sys.path)])
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    sweep = start("two_nodes.py", tmp_path / "out")
+    assert sweep.wait(timeout=150) == 0
     found = ran(tmp_path / "out")
     assert len([each for each in found if each.alone]) == 6
     assert together(found) == beside(beating_unit.beats(log)) == {(False, False)}
