@@ -34,7 +34,7 @@ test: setup ## Lint, check types and run the tests.
 sweep: setup ## Run a sweep: make sweep ARGS='grid.budget=[256,512]'.
 	$(BIN)/python -m quest_dist.sweep +sweep=longbench_budgets $(ARGS)
 
-paper: setup ## Draw every figure of the paper: half an hour on 2 cores.
+paper: setup ## Draw every figure of the paper: about half an hour on 2 cores.
 	$(BIN)/python -m quest_dist.sweep +sweep=paper $(ARGS)
 
 lint: setup ## Lint and check types only.

@@ -35,7 +35,7 @@ class Kernels(Timed):
         data: Source | None = None,
         seed: int = 0,
         protocol: Mapping[str, Any] | None = None,
-        samples: int = 6,
+        samples: int = 9,
         context: int = 8192,
         cycles: int = 3,
         warm_up: int | None = None,

@@ -48,7 +48,7 @@ class TextGen(Timed):
         data: Source | None = None,
         seed: int = 0,
         protocol: Mapping[str, Any] | None = None,
-        samples: int = 6,
+        samples: int = 9,
         context: int = 8192,
         steps: int = 8,
         warm_up: int | None = None,
@@ -82,6 +82,6 @@ class TextGen(Timed):
                 kept = min(context, point.budget) + context / point.page_size
                 dense = min(1.0, point.dense_layers / layers)
                 reads.append(weights + token * (dense * context + (1 - dense) * kept))
-        repeats = int(settings.get("samples", 6))
+        repeats = int(settings.get("samples", 9))
         seconds = (FILL * cache + MAKE * weights / repeats + steps * sum(reads)) / speed.bytes
         return Cost(seconds, 1.1 * (weights + cache))
