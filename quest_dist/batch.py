@@ -3,7 +3,7 @@
 A batch's rows come in *groups*, one a method, contiguous and in order. Every layer of a decode step
 goes
 
-    append -> method.select -> ops.attend -> method.observe
+    append -> method.select -> method.attend (ops.attend) -> method.observe
 
 and counts what was really attended. Layers in which a group is not active attend to everything and
 its method does not see them. Neighbouring rows that attend to everything, whatever their groups, do
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quest_dist import ops
 from quest_dist.methods.method import EVERYTHING, Method, Selection, View
+from quest_dist.methods.traffic import CacheShape
 from quest_dist.pool import Geometry, Pool, Rows
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +51,7 @@ class Measured:
 
     `attended`: tokens per query head; `read`: tokens per kv head (the union over its group);
     `planned_low`, `planned_high`: what the method promised. Layers in which the row's group is not
-    active do not count.
+    active do not count. `bytes_moved`, `bytes_held`: of the whole cache, all layers together.
     """
 
     steps: int = 0
@@ -58,6 +59,8 @@ class Measured:
     read: float = 0.0
     planned_low: float = 0.0
     planned_high: float = 0.0
+    bytes_moved: float = 0.0
+    bytes_held: float = 0.0
 
 
 class Batch:
@@ -82,6 +85,7 @@ class Batch:
         self._layers_done = [0] * rows.pool.geometry.layers
         self._forwards = 0
         self._decode_steps = 0
+        self._weighed = 0
         self._counts: list[tuple[int, Tensor, Tensor]] = []
         self._unused_padding = [0] * len(rows)
         self._step_lengths: tuple[int, ...] = ()
@@ -163,7 +167,8 @@ class Batch:
                 view = self._view(layer, first, last, scale, method.backend)
                 selection = method.select(view, q[first:last])
                 self.watch(first, view, q[first:last], selection)
-                if selection.index is not None or method.needs_probabilities:
+                alone = method.attends or method.needs_probabilities
+                if selection.index is not None or alone:
                     out[first:last] = self._attend_group(group, first, view, q, selection)
                     continue
             everything.append((group, first, last))
@@ -200,11 +205,7 @@ class Batch:
         self, group: Group, first: int, view: View, q: Tensor, selection: Selection
     ) -> Tensor:
         method = group.method
-        result = view.attend(
-            q[first : first + len(group.budgets)],
-            selection,
-            probabilities=method.needs_probabilities,
-        )
+        result = method.attend(view, q[first : first + len(group.budgets)], selection)
         if result.probabilities is not None:
             method.observe(view, selection, result.probabilities)
         self._counts.append((first, result.attended, result.read))
@@ -232,6 +233,38 @@ class Batch:
                 self.measured[row].planned_low += low
                 self.measured[row].planned_high += high
                 row += 1
+        self._weigh_held()
+
+    def _weigh_held(self) -> None:
+        shape = self.cache_shape
+        for group, (first, last) in zip(self.groups, self._spans, strict=True):
+            active = self._active_layers(group)
+            for row in range(first, last):
+                length, budget = self._step_lengths[row], group.budgets[row - first]
+                dense = (self.pool.geometry.layers - active) * length * shape.token_bytes
+                held = group.method.bytes_held(shape, length, budget)
+                self.measured[row].bytes_held += dense + active * held
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What one layer's cache is made of."""
+        shape = self.pool.geometry
+        return CacheShape(shape.kv_heads, shape.head_dim, shape.dtype.itemsize, self.pool.page_size)
+
+    def _active_layers(self, group: Group) -> int:
+        return sum(map(group.active, range(self.pool.geometry.layers)))
+
+    def _weigh_moved(self, reads: Sequence[float]) -> None:
+        """Add the bytes of a step in which the rows read so many tokens a kv head, on average
+        over their active layers."""
+        shape = self.cache_shape
+        for group, (first, last) in zip(self.groups, self._spans, strict=True):
+            active = self._active_layers(group)
+            for row in range(first, last):
+                length, budget = self._step_lengths[row], group.budgets[row - first]
+                dense = (self.pool.geometry.layers - active) * length * shape.token_bytes
+                moved = group.method.bytes_moved(shape, length, budget, reads[row])
+                self.measured[row].bytes_moved += dense + active * moved
 
     def count(self) -> None:
         """Add what the last step attended to `measured`. Call once a step, after the forward
@@ -240,6 +273,7 @@ class Batch:
         for first, *counted in self._counts:
             totals.setdefault(first, []).append((counted[0], counted[1]))
         self._counts.clear()
+        reads = [0.0] * len(self.rows)
         for first, layers in totals.items():
             for place, name in enumerate(("attended", "read")):
                 counts = torch.stack([layer[place] for layer in layers])
@@ -247,6 +281,11 @@ class Batch:
                 for row, mean in enumerate(means, first):
                     measured = self.measured[row]
                     setattr(measured, name, getattr(measured, name) + mean)
+                    if name == "read":
+                        reads[row] = mean
+        if self._weighed < self._decode_steps:
+            self._weighed = self._decode_steps
+            self._weigh_moved(reads)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named (ascending); the others have finished."""

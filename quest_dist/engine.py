@@ -19,20 +19,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quest_dist import artefacts
 from quest_dist.attention import PagedCache, Patch, patch
 from quest_dist.batch import Batch, Group, Measured, new_batch
+from quest_dist.methods.method import Method
 from quest_dist.tasks.task import Outcome, Sample
 
 if TYPE_CHECKING:
     from quest_dist.models import LoadedModel
-    from quest_dist.plan import Point
+    from quest_dist.plan import Point, Spec
 
 
 @dataclass(frozen=True)
 class Evaluated:
     """What one point gave on one sample.
 
-    `attended`, `read` and `planned_*` are means over decode steps, in tokens (see batch.Measured);
+    `attended`, `read` and `planned_*`, in tokens, and `bytes_*`, of the whole cache, are means over
+    decode steps (see batch.Measured);
     `seconds` is the wall time of the sample's decode over its rows, `prefill_seconds` that of the
     shared prefill.
     """
@@ -44,6 +47,8 @@ class Evaluated:
     planned_high: float
     seconds: float
     prefill_seconds: float
+    bytes_moved: float = 0.0
+    bytes_held: float = 0.0
 
     @classmethod
     def of(
@@ -57,6 +62,8 @@ class Evaluated:
             read=counted.read / steps,
             planned_low=counted.planned_low / steps,
             planned_high=counted.planned_high / steps,
+            bytes_moved=counted.bytes_moved / steps,
+            bytes_held=counted.bytes_held / steps,
             seconds=seconds,
             prefill_seconds=prefill_seconds,
         )
@@ -71,7 +78,14 @@ class Decoded:
     nll: list[float]
 
 
-def groups_of(points: Sequence[Point]) -> tuple[list[Group], list[int]]:
+def built(loaded: LoadedModel, spec: Spec) -> Method:
+    """A fresh instance of a method, with the artefact that it needs for this model."""
+    method: Method = spec.build()
+    method.artefact = artefacts.ready(loaded, spec)
+    return method
+
+
+def groups_of(loaded: LoadedModel, points: Sequence[Point]) -> tuple[list[Group], list[int]]:
     """Points as groups of rows (one method instance for all budgets of a method), and the point of
     each row."""
     members: dict[tuple[str, int], list[int]] = {}
@@ -80,7 +94,7 @@ def groups_of(points: Sequence[Point]) -> tuple[list[Group], list[int]]:
     groups, order = [], []
     for (_, dense_layers), numbers in members.items():
         budgets = [points[number].budget or 0 for number in numbers]
-        groups.append(Group(points[numbers[0]].method.build(), budgets, dense_layers))
+        groups.append(Group(built(loaded, points[numbers[0]].method), budgets, dense_layers))
         order += numbers
     return groups, order
 
@@ -93,7 +107,7 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     Raises ValueError for a sample without context or tail, or longer than the model.
     """
     check_sample(sample, loaded.language.max_length)
-    groups, order = groups_of(points)
+    groups, order = groups_of(loaded, points)
     page_size = points[0].page_size
     with patch(loaded.model, lambda rows: groups, page_size) as patched:
         started = now(loaded.device)

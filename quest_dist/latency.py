@@ -199,7 +199,7 @@ def generate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     Rows past their end-of-sequence token go on with the others, unseen.
     """
     check_sample(sample, loaded.language.max_length)
-    groups, order = groups_of(points)
+    groups, order = groups_of(loaded, points)
     steps = len(sample.tail) + sample.max_new_tokens
     found: list[tuple[int, ...]] = []
     with patch(loaded.model, lambda rows: groups, points[0].page_size) as patched:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     language: Language
     device: torch.device
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,8 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model {read['repo'] or where}: cannot be loaded ({reason})") from error
     model = model.to(placed).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, language(read, tokenizer, model), placed)
+    spoken = language(read, tokenizer, model)
+    return LoadedModel(model, tokenizer, spoken, placed, identity(settings))
 
 
 def random(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quest_dist import cluster, figures, matched, models, plan, redact
+from quest_dist import artefacts, cluster, figures, matched, models, plan, redact
 from quest_dist.cluster import Cluster
 from quest_dist.plan import Point, Spec
 from quest_dist.search import Search
@@ -94,7 +94,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     protocol = protocol_of(config["protocol"])
     tasks, data = _tasks(config, specs["task"], protocol)
     points = plan.points(grid, config["exclude"], specs, data, protocol)
-    points = _timed_by_shape(points, tasks)
+    points = _timed_by_shape(_with_artefacts(points), tasks)
     _check_lengths(points, tasks)
     _check_methods(points, tasks, resources)
     metrics = {p.key: tasks[p.task.name].metric for p in points}
@@ -201,6 +201,22 @@ def _tasks(
             raise ValueError(f"task {name}: there are no samples")
         tasks[name] = task
     return tasks, data
+
+
+def _with_artefacts(points: Sequence[Point]) -> list[Point]:
+    """The points, with what methods need made from the model in their identities, by content."""
+    known: dict[str, Spec] = {}
+    found: dict[str, Point] = {}
+    for point in points:
+        both = plan.canonical([point.model.canonical(), point.method.canonical()])
+        if both not in known:
+            try:
+                known[both] = artefacts.identified(point.method, point.model.identity)
+            except ValueError as error:
+                raise ValueError(f"method {point.method.name}: {error}") from error
+        point = replace(point, method=known[both])
+        found.setdefault(point.key, point)
+    return list(found.values())
 
 
 def _timed_by_shape(points: Sequence[Point], tasks: Mapping[str, Task]) -> list[Point]:

@@ -171,7 +171,7 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     no layer is left to ask in.
     """
     check_sample(sample, loaded.language.max_length)
-    groups, order = groups_of(points)
+    groups, order = groups_of(loaded, points)
     top = int(sample.info["top"])
     tops = sorted({top, *ALSO})
     with patch(loaded.model, lambda rows: groups, points[0].page_size) as patched:

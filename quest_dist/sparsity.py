@@ -17,7 +17,7 @@ import torch
 from quest_dist.attention import patch
 from quest_dist.batch import Group, Measured
 from quest_dist.cost import MOST_ROWS
-from quest_dist.engine import Evaluated, check_sample, decode, now, prefill
+from quest_dist.engine import Evaluated, built, check_sample, decode, now, prefill
 from quest_dist.methods.full import Full
 from quest_dist.tasks.task import Outcome, Sample
 
@@ -49,7 +49,7 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     page_size = points[0].page_size
     with patch(loaded.model, lambda rows: [], page_size) as patched:
         layers = _layers(points, patched.geometry.layers)
-        sparse = list(_one_layer_each(points, layers))
+        sparse = list(_one_layer_each(loaded, points, layers))
         started = now(loaded.device)
         rows = min(MOST_ROWS, 1 + sum(len(each.points) for each in sparse))
         prefix = prefill(loaded, patched, sample, [each.group for each in sparse], rows)
@@ -93,7 +93,9 @@ def _layers(points: Sequence[Point], count: int) -> list[list[int]]:
     return found
 
 
-def _one_layer_each(points: Sequence[Point], layers: Sequence[list[int]]) -> Iterator[_Sparse]:
+def _one_layer_each(
+    loaded: LoadedModel, points: Sequence[Point], layers: Sequence[list[int]]
+) -> Iterator[_Sparse]:
     """Rows of one method and layer after another, ordered by layer: those before and after a
     batch's sparse rows are dense, and attend in few calls."""
     methods: dict[str, list[int]] = {}
@@ -106,7 +108,7 @@ def _one_layer_each(points: Sequence[Point], layers: Sequence[list[int]]) -> Ite
             for first in range(0, len(here), MOST_ROWS - 1):
                 part = here[first : first + MOST_ROWS - 1]
                 budgets = [points[number].budget or 0 for number in part]
-                group = Group(points[part[0]].method.build(), budgets, layer, layer + 1)
+                group = Group(built(loaded, points[part[0]].method), budgets, layer, layer + 1)
                 yield _Sparse(layer, part, group)
 
 

@@ -159,6 +159,8 @@ def _record(
     facts = {k: float(v) for k, v in sample.info.items() if type(v) in (int, float)}
     if sample.max_new_tokens:
         facts["max_new_tokens"] = float(sample.max_new_tokens)
+    if result.bytes_held:  # a time weighs nothing
+        facts |= {"bytes_moved": result.bytes_moved, "bytes_held": result.bytes_held}
     found = result.outcome
     details = {"curve": curve, "notes": dict(found.notes), "drawing": found.drawing}
     return failed(point, task.metric, index, "", sample) | {

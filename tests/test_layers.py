@@ -34,6 +34,7 @@ LAYERS = (
     ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs"),
     ("table", "ordering", "lossless", "matched"),
     ("attention", "models", "overview", "projection", "attention_sides"),
+    ("calibrators/", "artefacts"),
     (
         "engine",
         "latency",
@@ -47,7 +48,7 @@ LAYERS = (
         "provenance",
     ),
     ("decoders", "kernel_times", "step_times"),
-    ("worker", "prepare", "report/"),
+    ("worker", "prepare", "report/", "calibrate"),
     ("parts",),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),
     ("estimate", "reported"),

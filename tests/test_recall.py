@@ -16,6 +16,7 @@ from quest_dist.attention import patch
 from quest_dist.batch import Group
 from quest_dist.engine import Evaluated
 from quest_dist.methods.method import Selection
+from quest_dist.models import LoadedModel
 from quest_dist.plan import Point
 from quest_dist.tasks.passkey import Passkey
 from quest_dist.tasks.recall import Recall
@@ -66,9 +67,9 @@ def test_recall_is_what_brute_force_counts(name: str, monkeypatch: pytest.Monkey
     steps: list[Step] = []
     build = recall.groups_of
 
-    def watched(points: list[Point]) -> tuple[list[Group], list[int]]:
+    def watched(loaded: LoadedModel, points: list[Point]) -> tuple[list[Group], list[int]]:
         nonlocal steps
-        groups, order = build(points)
+        groups, order = build(loaded, points)
         steps = record(groups[0].method)
         return groups, order
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from quest_dist.methods.method import Method, Selection, View
 from quest_dist.methods.slots import Slots
+from quest_dist.methods.traffic import CacheShape
+
+SCORE_BYTES = 4  # a score is fp32
 
 
 @dataclass
@@ -82,3 +85,15 @@ class Evicting(Method):
         """The budget, or all tokens while they are fewer."""
         tokens = min(length, budget)
         return tokens, tokens
+
+    def bytes_moved(self, shape: CacheShape, length: int, budget: int, read: float) -> float:
+        """What is attended to, and the scores of its slots, read and written."""
+        return super().bytes_moved(shape, length, budget, read) + 2 * self._scores(shape, read)
+
+    def bytes_held(self, shape: CacheShape, length: int, budget: int) -> float:
+        """The budget's tokens and their scores."""
+        slots = min(length, budget)
+        return slots * shape.token_bytes + self._scores(shape, slots)
+
+    def _scores(self, shape: CacheShape, slots: float) -> float:
+        return self.lists(shape.kv_heads) * slots * SCORE_BYTES

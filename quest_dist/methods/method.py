@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quest_dist import on_flashinfer, ops
+from quest_dist.methods.traffic import CacheShape
 from quest_dist.reference import Attended
 
 Gqa = Literal["per_query", "max", "mean"]
@@ -123,14 +124,21 @@ class Method(ABC):
 
     `backend` compiled | flashinfer says whose kernels attend for it and for its dense layers; it is
     no part of the selection. Only a method that `selects_pages`, or everything, may leave compiled.
+
+    A method that holds the cache in a form of its own sets `attends` and overrides `attend`. One
+    that needs something made from the model beforehand names in `calibration` who makes it
+    (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
     """
 
     selects_pages: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
     needs_probabilities: ClassVar[bool] = False
     needs_prefill: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
+    calibration: ClassVar[str | None] = None
 
     backend: ops.Through = field(default="compiled", kw_only=True)
+    artefact: str | None = field(default=None, kw_only=True)
     budgets: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def begin(self, budgets: Sequence[int], lengths: Sequence[int]) -> None:
@@ -148,6 +156,11 @@ class Method(ABC):
     def select(self, view: View, q: Tensor) -> Selection:
         """Choose what each row attends to, for q [R, H, D]. The new token is in the cache
         already."""
+
+    def attend(self, view: View, q: Tensor, selection: Selection) -> Attended:
+        """Attention of q [R, H, D] over the selection: exact, over the pool's pages, unless a
+        method `attends` by itself."""
+        return view.attend(q, selection, probabilities=self.needs_probabilities)
 
     def observe(  # noqa: B027 - looking is optional
         self, view: View, selection: Selection, probabilities: Tensor
@@ -184,6 +197,16 @@ class Method(ABC):
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """Fewest and most tokens that a query head attends to at this length and decode step (0 =
         the first)."""
+
+    def bytes_moved(self, shape: CacheShape, length: int, budget: int, read: float) -> float:
+        """Bytes that one layer of a row fetches in a decode step at `length`, when each kv head
+        read `read` tokens (their mean)."""
+        return read * shape.token_bytes
+
+    def bytes_held(self, shape: CacheShape, length: int, budget: int) -> float:
+        """Bytes that one layer of a row must hold to go on from `length` tokens, as this method is
+        meant to be deployed (what is never selected again is not held)."""
+        return length * shape.token_bytes
 
     def check_budget(self, budget: int, page_size: int) -> None:
         """Raise ValueError for a budget that this method cannot honour."""

@@ -27,6 +27,7 @@ from quest_dist.methods.method import (
 )
 from quest_dist.methods.oracle_token import group_probabilities
 from quest_dist.methods.quest import pages_of, pages_to_keep, tokens_in_pages
+from quest_dist.methods.traffic import CacheShape
 
 SCORES = ("mass", "max")
 
@@ -74,3 +75,7 @@ class OraclePage(Method):
         """(K - 1) whole pages and the current one."""
         tokens = tokens_in_pages(length, budget, page_size)
         return tokens, tokens
+
+    def bytes_moved(self, shape: CacheShape, length: int, budget: int, read: float) -> float:
+        """All keys, and the values of what was read."""
+        return (length + read) * shape.vector_bytes

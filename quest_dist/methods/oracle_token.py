@@ -23,6 +23,7 @@ from quest_dist.methods.method import (
     as_int32,
     check_choice,
 )
+from quest_dist.methods.traffic import CacheShape
 
 
 def group_probabilities(scores: Tensor, kv_heads: int, gqa: str) -> Tensor:
@@ -63,3 +64,7 @@ class OracleToken(Method):
         """The budget, or all tokens while they are fewer."""
         tokens = min(length, budget)
         return tokens, tokens
+
+    def bytes_moved(self, shape: CacheShape, length: int, budget: int, read: float) -> float:
+        """All keys, and the values of what was read."""
+        return (length + read) * shape.vector_bytes

@@ -38,6 +38,7 @@ from quest_dist.methods.method import (
     as_int32,
     check_choice,
 )
+from quest_dist.methods.traffic import CacheShape
 
 VARIANTS = ("normative", "eval_compat")
 METADATA = ("exact", "int8")
@@ -143,9 +144,11 @@ class Quest(Method):
 
     def _pages_to_keep(self, lengths: tuple[int, ...], page_size: int) -> tuple[int, ...]:
         rows = zip(lengths, self.budgets, strict=True)
-        if self.variant == "normative":
-            return tuple(pages_to_keep(length, budget, page_size) for length, budget in rows)
-        return tuple(self._compat_pages(length, budget, page_size) for length, budget in rows)
+        return tuple(self._pages_to_keep_of(length, budget, page_size) for length, budget in rows)
+
+    def _pages_to_keep_of(self, length: int, budget: int, page_size: int) -> int:
+        keep = pages_to_keep if self.variant == "normative" else self._compat_pages
+        return keep(length, budget, page_size)
 
     @staticmethod
     def _compat_pages(length: int, budget: int, page_size: int) -> int:
@@ -163,3 +166,17 @@ class Quest(Method):
             return length, length
         missing = pages_of(length, page_size) * page_size - length
         return keep * page_size - missing, keep * page_size
+
+    def bytes_moved(self, shape: CacheShape, length: int, budget: int, read: float) -> float:
+        """The metadata of the closed pages, where pages are chosen, and what was read."""
+        moved = super().bytes_moved(shape, length, budget, read)
+        chosen = self._pages_to_keep_of(length, budget, shape.page_size) >= 0
+        return moved + (self._metadata_bytes(shape, length) if chosen else 0.0)
+
+    def bytes_held(self, shape: CacheShape, length: int, budget: int) -> float:
+        """All tokens, and the metadata of their pages."""
+        return super().bytes_held(shape, length, budget) + self._metadata_bytes(shape, length)
+
+    def _metadata_bytes(self, shape: CacheShape, length: int) -> float:
+        exact = shape.pages_bytes(length // shape.page_size)
+        return exact if self.metadata == "exact" else exact / shape.element_bytes

@@ -22,6 +22,7 @@ from quest_dist.methods.method import (
     as_int32,
     check_choice,
 )
+from quest_dist.methods.traffic import CacheShape
 
 POSITIONS = ("original", "rolling")
 
@@ -78,3 +79,7 @@ class Streaming(Method):
         """The budget, or all tokens while they are fewer."""
         tokens = min(length, budget)
         return tokens, tokens
+
+    def bytes_held(self, shape: CacheShape, length: int, budget: int) -> float:
+        """Sinks and window."""
+        return min(length, budget) * shape.token_bytes
