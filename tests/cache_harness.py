@@ -19,15 +19,36 @@ from quest_dist.pool import Geometry
 
 CONF = Path(__file__).parent.parent / "conf" / "method"
 METHODS = sorted(file.stem for file in CONF.glob("*.yaml"))
-# Settings that are held to the universal properties too, as methods of their own.
-VARIANTS = {"quest with int8": ("quest", {"metadata": "int8"})}
+# Sizes that fit streams of a few dozen tokens.
+SMALL: dict[str, dict[str, object]] = {
+    "snapkv": {"window": 4, "kernel": 3},
+    "pyramidkv": {"window": 4, "kernel": 3},
+}
 
 
 def method_spec(name: str, **settings: object) -> Spec:
     """The method of one YAML file, or a variant, with other settings where given."""
     if name in VARIANTS:
         name, settings = VARIANTS[name][0], {**VARIANTS[name][1], **settings}
-    return Spec(name, {**yaml.safe_load((CONF / f"{name}.yaml").read_text())[name], **settings})
+    own = yaml.safe_load((CONF / f"{name}.yaml").read_text())[name]
+    return Spec(name, {**own, **SMALL.get(name, {}), **settings})
+
+
+# Settings that are held to the universal properties too, as methods of their own.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {}
+VARIANTS["quest with int8"] = ("quest", {"metadata": "int8"})
+PYRAMIDS = {
+    f"{name} in a pyramid": (name, {"layer_budgets": "pyramid"})
+    for name in METHODS
+    if method_spec(name).budgeted and method_spec(name).build().layer_budgets == "uniform"
+}
+VARIANTS.update(PYRAMIDS)
+
+
+def stream_for(name: str, tokens: int, **options: object) -> Stream:
+    """A random stream, of some layers for methods whose layers differ."""
+    pyramid = method_spec(name).build().layer_budgets == "pyramid"
+    return Stream.random(tokens, **{"layers": 3 if pyramid else 1, **options})
 
 
 def no_rotation(q: Tensor, distance: Tensor) -> Tensor:
@@ -72,9 +93,10 @@ class Stream:
 
 @dataclass
 class Step:
-    """What one group attended to in one layer of one decode step."""
+    """What one group attended to in one layer of one decode step, with which budgets."""
 
     layer: int
+    budgets: tuple[int, ...]
     selection: Selection
     view: View
     attended: ops.Attended
@@ -140,8 +162,11 @@ def record(method: Method) -> list[Step]:
 
     def recording(view: View, q: Tensor) -> Selection:
         selection = select(view, q)
-        attended = view.attend(q, selection, probabilities=True)
-        steps.append(Step(view.layer, selection, view, attended, q.clone()))
+        if method.skips_heads:  # which no list can say to the op
+            attended = method.attend(view, q, selection)
+        else:
+            attended = view.attend(q, selection, probabilities=True)
+        steps.append(Step(view.layer, method.budgets, selection, view, attended, q.clone()))
         return selection
 
     method.select = recording  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_harness import METHODS
+from cache_harness import METHODS, SMALL, method_spec
 from tiny_models import KINDS, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -40,7 +40,7 @@ def test_an_ample_budget_gives_the_tokens_of_the_unpatched_model(name: str) -> N
     model = tiny()
     with quest_dist.patched(model, method=name, budget=1000, page_size=8):
         patched = generate(model)
-    assert torch.equal(patched, generate(model))
+    assert torch.equal(patched, generate(model)) or not method_spec(name).build().exact
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
@@ -49,7 +49,8 @@ def test_a_small_budget_changes_the_attention_and_stays_finite(
     name: str, dtype: torch.dtype
 ) -> None:
     model = tiny(dtype=dtype)
-    with quest_dist.patched(model, method=name, budget=8, page_size=4, dense_layers=1):
+    small = SMALL.get(name, {})
+    with quest_dist.patched(model, name, 8, page_size=4, dense_layers=1, **small):
         cache = model(PROMPT).past_key_values
         logits = [model(PROMPT[:, i : i + 1], past_key_values=cache).logits for i in range(4)]
     dense = model(PROMPT).past_key_values
@@ -93,7 +94,8 @@ def test_a_left_padded_row_equals_the_unpadded_one(name: str, place: str) -> Non
     padded = torch.cat([PROMPT, torch.nn.functional.pad(PROMPT[:, :39], (11, 0))])
     mask = (torch.arange(50) >= torch.tensor([[0], [11]])).long()
     budget = None if name == "full" else 12
-    with quest_dist.patched(model, method=name, budget=budget, page_size=4, dense_layers=1):
+    small = SMALL.get(name, {})
+    with quest_dist.patched(model, name, budget, page_size=4, dense_layers=1, **small):
         both = generate(model, padded, attention_mask=mask)
         alone = [generate(model), generate(model, PROMPT[:, :39])]
     assert torch.equal(both, torch.cat(alone))
@@ -103,7 +105,8 @@ def test_a_left_padded_row_equals_the_unpadded_one(name: str, place: str) -> Non
 def test_conversation_goes_on_after_a_second_prompt(name: str) -> None:
     model = tiny()
     budget = None if name == "full" else 12
-    with quest_dist.patched(model, method=name, budget=budget, page_size=4, dense_layers=1):
+    small = SMALL.get(name, {})
+    with quest_dist.patched(model, name, budget, page_size=4, dense_layers=1, **small):
         cache = model(PROMPT[:, :30]).past_key_values
         model(PROMPT[:, 30:31], past_key_values=cache)
         model(PROMPT[:, 31:45], past_key_values=cache)

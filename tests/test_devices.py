@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import no_gpu
 import pytest
 import torch
-from cache_harness import METHODS, Stream, method_spec, no_rotation
+from cache_harness import METHODS, SMALL, Stream, method_spec, no_rotation
 from tiny_models import tiny
 
 import quest_dist
@@ -22,6 +22,9 @@ VARIANTS = [
     ("quest", {"variant": "eval_compat"}),
     ("h2o", {"score_init": "prompt", "normalise": "per_query_count"}),
     ("streaming", {"positions": "rolling"}),
+    ("quest", {"layer_budgets": "pyramid"}),
+    ("snapkv", {"pooling": "avg", "window": 16}),
+    ("qhitter", {"score_init": "prompt"}),
     ("oracle_token", {"gqa": "mean"}),
     ("oracle_page", {"gqa": "max", "score": "max"}),
 ]
@@ -72,7 +75,8 @@ def test_a_patched_model_runs_where_it_is(gpu: torch.device, name: str) -> None:
     model = tiny(dtype=torch.bfloat16).to(gpu)
     tokens = torch.ones(2, 30, dtype=torch.long, device=gpu)
     budget = None if name == "full" else 8
-    with quest_dist.patched(model, name, budget, page_size=4, dense_layers=1):
+    small = SMALL.get(name, {})
+    with quest_dist.patched(model, name, budget, page_size=4, dense_layers=1, **small):
         cache = model(tokens).past_key_values
         for _ in range(3):
             logits = model(tokens[:, :1], past_key_values=cache).logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_harness import METHODS, method_spec
+from cache_harness import METHODS, SMALL, method_spec
 from tiny_models import tiny_loaded
 
 import quest_dist
@@ -64,7 +64,9 @@ def test_engine_and_patched_generation_agree(name: str, place: str) -> None:
     result = engine.evaluate(loaded, sample(), [point(name, 12)])[0]
     with (
         torch.inference_mode(),
-        quest_dist.patched(loaded.model, name, 12, page_size=4, dense_layers=1),
+        quest_dist.patched(
+            loaded.model, name, 12, page_size=4, dense_layers=1, **SMALL.get(name, {})
+        ),
     ):
         fed = torch.tensor([TOKENS], device=place)
         cache = loaded.model(fed[:, :60]).past_key_values

@@ -31,7 +31,7 @@ LAYERS = (
     ("_cpu", "_cuda", "backend", "metadata", "arguments", "reference", "reference_prefill"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
-    ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs"),
+    ("pool", "batch", "group", "methods/", "bundled", "weights", "details", "timing", "graphs"),
     ("table", "ordering", "lossless", "matched"),
     ("attention", "models", "overview", "projection", "attention_sides"),
     ("calibrators/", "artefacts"),
