@@ -22,6 +22,7 @@ class Group:
     dense_layers: int
     dense_from: int | None = None
     _by_layer: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
+    _shares: list[dict[int, list[int]]] = field(default_factory=list, init=False, repr=False)
 
     def active(self, layer: int) -> bool:
         """Whether the method selects in this layer."""
@@ -38,6 +39,7 @@ class Group:
             for budget, length in zip(self.budgets, lengths, strict=True)
         ]
         self._by_layer = dict(zip(active, zip(*rows, strict=True), strict=True))
+        self._shares = [_places(row) for row in rows]
         method.query_heads, method.one_prefix = geometry.heads, one_prefix
         method.begin(self.budgets, lengths)
 
@@ -47,18 +49,23 @@ class Group:
 
     def layers_of(self, row: int) -> dict[int, list[int]]:
         """A row's budgets, and which of the active layers (0 = the first of them) have each."""
-        found: dict[int, list[int]] = {}
-        for place, budgets in enumerate(self._by_layer.values()):
-            found.setdefault(budgets[row], []).append(place)
-        return found
+        return self._shares[row]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named."""
         self.method.keep(rows)
         self.budgets = [self.budgets[row] for row in rows]
+        self._shares = [self._shares[row] for row in rows]
         self._by_layer = {
             layer: tuple(budgets[row] for row in rows) for layer, budgets in self._by_layer.items()
         }
+
+
+def _places(budgets: Sequence[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for place, budget in enumerate(budgets):
+        found.setdefault(budget, []).append(place)
+    return found
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_loaded
 from torch import Tensor
 
-from quest_dist import artefacts
+import quest_dist
 from quest_dist.calibrators import dejavu as calibrator
 from quest_dist.methods.dejavu import DejaVu, features, predicted_norms
 from quest_dist.methods.full import Full
@@ -136,7 +135,7 @@ def test_without_its_artefact_a_predictor_says_how_to_make_one() -> None:
 def test_a_network_learns_norms_that_follow_from_queries() -> None:
     draw = torch.Generator().manual_seed(3)
     mixing = torch.randn(24, 6, generator=draw)
-    queries = [torch.randn(300, 24, generator=draw) for _ in range(4)]
+    queries = [torch.randn(1200, 24, generator=draw) for _ in range(4)]
     norms = [(x @ mixing / 5).relu().add(0.1) for x in queries]
     made = calibrator._trained(queries, norms, seed=0)
     assert made["recall"].shape == made["static"].shape == (6,)
@@ -156,29 +155,23 @@ def test_recall_by_hand() -> None:
 def test_predictors_are_made_from_a_model_and_see_what_it_will_show_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrator, "SEQUENCES", 3)
-    monkeypatch.setattr(calibrator, "LENGTH", 96)
     loaded = tiny_loaded()
-    what = artefacts.recipe("dejavu", {}, {"source": "local", "weights": "w"}, "t")
-    text = " ".join(f"w{n * n % 97}" for n in range(400))
-    place = tmp_path / "dejavu.safetensors"
-    artefacts.make(loaded, what, text, place)
-    assert artefacts.header_of(place) == json.loads(json.dumps(what))
-    weights = artefacts.read(str(place))
+    tokens = torch.randint(1, 97, (3, 96), generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode(), torch.inference_mode(False):
+        weights = calibrator.make(loaded, tokens, {})
     assert weights["recall"].shape == (4, 4)
     assert weights["w1"].shape == (4, 64, calibrator.HIDDEN)
+    place = tmp_path / "dejavu.safetensors"
+    save_file(weights, place)
 
     seen: list[Tensor] = []
 
-    def spy(x: Tensor, weights: object, layer: int) -> Tensor:
+    def spy(x: Tensor, weights: dict[str, Tensor], layer: int) -> Tensor:
         seen.append(x)
         return predicted_norms(x, weights, layer)
 
     monkeypatch.setattr("quest_dist.methods.dejavu.predicted_norms", spy)
-    import quest_dist
-
-    ids = torch.tensor([loaded.language.encode(text)[:96]])
-    settings = {"heads": "predicted", "artefact": str(place)}
+    ids, settings = tokens[:1], {"heads": "predicted", "artefact": str(place)}
     with (
         torch.inference_mode(),
         quest_dist.patched(loaded.model, "dejavu", 40, page_size=S, dense_layers=0, **settings),

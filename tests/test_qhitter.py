@@ -62,14 +62,14 @@ def test_all_weight_on_attention_in_sixteen_bits_is_h2o() -> None:
     stream = Stream.random(90, layers=2)
     for score_init in ("decode_only", "prompt"):
         settings = {"score_init": score_init, "recent_share": 0.25}
-        ours = run(stream, [9, 24], 60, bits=16, attention_weight=1.0, **settings)
-        h2o = decode(stream, lambda s=settings: H2O(**s), [9, 24], prefix=60, page_size=S)
+        ours = run(stream, [9, 25], 60, bits=16, attention_weight=1.0, **settings)
+        h2o = decode(stream, lambda s=settings: H2O(**s), [9, 25], prefix=60, page_size=S)
         assert torch.equal(ours.outputs, h2o.outputs)
         assert torch.equal(
-            run(stream, [9, 24], 60, bits=16, attention_share=0.75, **settings).outputs,
+            run(stream, [9, 25], 60, bits=16, attention_share=0.75, **settings).outputs,
             h2o.outputs,
         )
-        other = run(stream, [9, 24], 60, bits=16, **settings)
+        other = run(stream, [9, 25], 60, bits=16, **settings)
         assert not torch.equal(other.outputs, h2o.outputs)
 
 

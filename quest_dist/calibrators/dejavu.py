@@ -34,8 +34,8 @@ LENGTH = 1024
 SKIPPED = 64
 HIDDEN = 64
 EPOCHS = 8
-BATCH = 256
-RATE = 2e-3
+BATCH = 512
+RATE = 4e-3
 SMALLEST = 1e-6  # a norm that a logarithm can bear
 
 
