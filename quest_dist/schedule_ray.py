@@ -3,9 +3,10 @@
 A round is a fresh `Tuner` over the units that are left: what Tune stores is disposable, and
 continuing, retrying and widening a grid are the same thing to it. Trials of one model share a
 placement key (a few bytes of `memory` that differ by model), so that an actor is reused only for
-its own model. A cluster that was running before is attached to and left running.
+its own model. A cluster that was running before is attached to and left running; its nodes are
+looked at first (`schedule_ray_nodes`). Which trial is next stands in `schedule_ray_order`.
 
-Everything that concerns Ray is in this module.
+Everything that concerns Ray is in this module and those two.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import os
 import shutil
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import quest_dist
 from quest_dist import redact
 from quest_dist.cluster import Cluster, Workers, check_fits
+from quest_dist.plan import Unit
 from quest_dist.schedule import Round, by_model, can_retry, resolve, witnessed
 from quest_dist.spec import Spec
 from quest_dist.worker import Runtime, describe
@@ -48,9 +49,10 @@ import ray.exceptions  # noqa: E402
 from ray import tune  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
-from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 
-REPLACEMENT_SECONDS = 120.0  # that a unit waits, at most, for the worker which starts for it
+from quest_dist import schedule_ray_nodes as nodes  # noqa: E402
+from quest_dist.schedule_ray_order import Dealing, Dealt, Replacing, dealer_of  # noqa: E402
+
 _JOINING = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 OBJECT_STORE_BYTES = 200 * 2**20  # reports are small; Ray would take 30 % of the memory
 #: Variables of the driver that the workers of an attached cluster get too.
@@ -70,6 +72,7 @@ class Tuned:
         self._started = False
         self._ending = threading.Event()
         self._rounds = 0
+        self._looked_at: set[str] = set()  # nodes
         self._secrets: dict[str, str] = {}
         self._joining = os.environ.get(_JOINING), ray_constants.ENABLE_RAY_CLUSTER
 
@@ -157,7 +160,6 @@ class Tuned:
                 f"cluster.address={address}: no Ray cluster answers there, or it asks for a token,"
                 f" which Ray sends to a named address only with RAY_AUTH_MODE=token ({error})"
             ) from error
-        _check_version()
 
     def __call__(self, current: Round, workers: Workers) -> None:
         """Run a round: every unit a trial, in the order given; one after the other where there is
@@ -169,15 +171,29 @@ class Tuned:
         ours = self._started and self.cluster.address is None
         if ours:
             cpus = math.floor(1000 * self.cpus / workers.count) / 1000
-        check_fits(cpus, workers.gpus, _nodes())
         self._rounds += 1
         models = by_model(current.units)
-        units, at_once = current.units, None
+        units, at_once = list(current.units), None
         if workers.count == 1 and not ours:
             # Others' CPUs would hold a second unit. Tune then knows of one trial at a time, so that
             # those of a model must follow each other to find it loaded.
             at_once = 1
             units = sorted(units, key=lambda unit: models[unit.first.model.canonical()])
+        need = {"CPU": cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+        check_fits(cpus, workers.gpus, [node.resources for node in nodes.living()])
+        dealing = None
+        if self.cluster.node_types:
+            dealer = dealer_of(current, units, self.cluster, need, at_once)
+            units = [unit for unit in units if unit.key not in current.broken]
+            if not units and self._rounds == 1:
+                first = current.units[0]
+                reason, _ = current.broken[first.key]
+                raise ValueError(f"{first.first.task.name} on {first.first.model.name}: {reason}")
+            if not units:
+                return
+            dealing = Dealing(dealer, need)
+        if self.cluster.address is not None:
+            self._look_at_nodes(units, need)
         # `import_path` lets workers find the evaluator where the driver found it (tests). Tune
         # copies all units for each trial that it makes of one: texts are shared, dictionaries not.
         config = {
@@ -189,10 +205,8 @@ class Tuned:
 
         def bundle(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
             model = models[Spec.from_dict(json.loads(config["unit"])["model"]).canonical()]
-            need = {"CPU": cpus, "memory": 1024.0 * (1 + model)}
-            return tune.PlacementGroupFactory(
-                [need | ({"GPU": workers.gpus} if workers.gpus else {})]
-            )
+            mark = config.get("mark", {})
+            return tune.PlacementGroupFactory([{**need, **mark, "memory": 1024.0 * (1 + model)}])
 
         name = f"round-{os.getpid()}-{self._rounds}"
         tuner = tune.Tuner(
@@ -200,8 +214,9 @@ class Tuned:
             param_space=config,
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
-                scheduler=Replacing(),
-                max_concurrent_trials=at_once,
+                search_alg=dealing,
+                scheduler=Replacing() if dealing is None else Dealt(dealing),
+                max_concurrent_trials=at_once if dealing is None else None,
                 trial_name_creator=lambda trial: f"unit-{_key(trial)[:8]}",
                 trial_dirname_creator=lambda trial: f"{trial.trial_id}",
             ),
@@ -229,6 +244,14 @@ class Tuned:
                 reached.add(unit.key)
         # An interrupted fit() returns as if all had gone well; only what arrived can tell.
         current.interrupted = len(reached) < len(current.units) and current.error is None
+
+    def _look_at_nodes(self, units: Sequence[Unit], need: Mapping[str, float]) -> None:
+        """Have the nodes that could hold a worker, and were not asked before, say whether it could
+        run there."""
+        new = [node for node in nodes.living() if node.id not in self._looked_at]
+        able = [n for n in new if all(n.resources.get(k, 0.0) >= v for k, v in need.items())]
+        nodes.check(able, nodes.paths(units))
+        self._looked_at |= {node.id for node in able}
 
     def _evaluator(self) -> Any:
         """What a trial calls; secrets reach it through Ray's object store, which nobody prints."""
@@ -270,32 +293,6 @@ def evaluate(config: Mapping[str, Any], secrets: Mapping[str, str] | None = None
         tune.report({"broken": said})
         if can_retry(error):
             raise  # a fresh process for whatever comes next
-
-
-class Replacing(FIFOScheduler):
-    """Units in order, but none that a new worker is being started for.
-
-    Tune alone would hand that unit to whichever worker ends first and stop the one that starts: a
-    lost worker would never be replaced where units end faster than workers start.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._most = 0  # workers at once, as far as seen
-        self._since: dict[str, float] = {}  # trial -> when it was first left to a new worker
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The first waiting unit beyond those that workers are being started for."""
-        trials = tune_controller.get_trials()
-        running = sum(trial.status == "RUNNING" for trial in trials)
-        self._most = max(self._most, running)
-        starting = self._most - running - 1  # one place is the asking worker's own
-        waiting = [trial for trial in trials if trial.status == "PENDING"]
-        now = time.monotonic()
-        for trial in waiting[: max(0, starting)]:
-            if now - self._since.setdefault(trial.trial_id, now) > REPLACEMENT_SECONDS:
-                return trial  # its worker does not come
-        return next(iter(waiting[max(0, starting) :]), None) or next(iter(waiting), None)
 
 
 class Delivery(tune.Callback):
@@ -373,27 +370,3 @@ def _raylet() -> int | None:
             if name.endswith("(raylet") and int(rest.split()[1]) == os.getpid():
                 return int(path.parent.name)
     return None
-
-
-def _check_version() -> None:
-    """Raise ValueError unless a worker of the attached cluster imports the same quest_dist."""
-
-    def version() -> str:
-        import quest_dist
-
-        return quest_dist.__version__
-
-    try:
-        found = ray.get(ray.remote(num_cpus=0)(version).remote(), timeout=120)
-    except Exception as error:
-        last = str(error).strip().splitlines()[-1]
-        raise ValueError(f"cluster: its workers cannot import quest_dist ({last})") from error
-    if found != quest_dist.__version__:
-        raise ValueError(
-            f"cluster: its workers have quest_dist {found}, this driver {quest_dist.__version__}"
-        )
-
-
-def _nodes() -> list[dict[str, float]]:
-    """The resources of every living node."""
-    return [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
