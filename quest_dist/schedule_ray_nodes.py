@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,12 @@ def living() -> list[Node]:
 
 
 def paths(units: Sequence[Unit]) -> list[str]:
-    """The files and folders that units name, by absolute path, as they are on this machine."""
+    """The files and folders that units name by absolute path, and that are on this machine."""
     groups = (g for unit in units for g in (unit.first.model, unit.first.task, unit.first.data))
     settings = {json.dumps(g.to_dict(), sort_keys=True) for g in groups}
     named = {text for each in settings for text in _texts(json.loads(each))}
-    places = {str(Path(text).expanduser()) for text in named if text[:1] in ("/", "~")}
-    return sorted(place for place in places if Path(place).exists())
+    places = [text for text in named if text[:1] in ("/", "~") and len(Path(text).parts) > 1]
+    return sorted(place for place in places if Path(place).expanduser().exists())
 
 
 def check(nodes: Sequence[Node], places: Sequence[str]) -> None:
@@ -100,9 +101,8 @@ def _answer(places: list[str]) -> tuple[str, str, dict[str, str | None]]:
     return quest_dist.__version__, digest_of_code(), seen(places)
 
 
-def digest_of_code() -> str:
-    """Eight digits that any change to this package's sources changes."""
-    package = Path(__file__).parent
+def digest_of_code(package: Path = Path(__file__).parent) -> str:
+    """Eight digits that any change to a package's sources changes, by default this one's."""
     found = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         found.update(str(path.relative_to(package)).encode() + path.read_bytes())
@@ -111,15 +111,22 @@ def digest_of_code() -> str:
 
 def seen(places: Sequence[str]) -> dict[str, str | None]:
     """What is at each path: a digest of the names and sizes of its files; None: nothing."""
-    return {place: _listing(Path(place)) for place in places}
+    return {place: _listing(Path(place).expanduser()) for place in places}
 
 
 def _listing(path: Path) -> str | None:
     if not path.exists():
         return None
-    files = [path] if path.is_file() else sorted(path.rglob("*"))[:MOST_FILES]
-    listed = [(str(f.relative_to(path)), f.stat().st_size) for f in files if f.is_file()]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+    listed: list[tuple[str, int]] = []
+    for folder, folders, names in [("", [], [""])] if path.is_file() else os.walk(path):
+        folders.sort()  # the same ones first on every node
+        for name in sorted(names):
+            file = path / folder / name
+            size = file.stat().st_size if file.exists() else -1  # a link to nothing
+            listed.append((str(file.relative_to(path)), size))
+        if len(listed) > MOST_FILES:
+            break
+    return hashlib.sha256(json.dumps(listed[:MOST_FILES]).encode()).hexdigest()[:16]
 
 
 def _texts(value: Any) -> Iterator[str]:

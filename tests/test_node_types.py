@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_sweep
 
 from quest_dist import node_types
 from quest_dist.cluster import Cluster, check, worker_memory
+from quest_dist.folders import PACKAGE
 from quest_dist.node_types import GIB, Dealer, Load, NodeType
+from quest_dist.plan import Unit
 
 FAST, SLOW = NodeType("fast", speed=4.0), NodeType("slow")
 ONE_EACH = {"fast": 1, "slow": 1}
@@ -175,3 +179,38 @@ def test_the_largest_type_is_what_a_worker_can_have() -> None:
     attached = Cluster(address="auto", node_types=types, gpus_per_worker=0.5)
     assert worker_memory(attached) == 40 * GIB
     assert worker_memory(Cluster(address="auto")) is None
+
+
+def test_nodes_are_asked_for_what_units_name_by_path(tmp_path: Path) -> None:
+    from quest_dist.schedule_ray_nodes import paths
+
+    unit = Unit(tiny_sweep.points(tmp_path / "out"), (0,))
+    assert paths([unit]) == [str(tmp_path / "tiny_model")]
+
+
+def test_a_place_is_the_names_and_sizes_of_its_files(tmp_path: Path) -> None:
+    from quest_dist.schedule_ray_nodes import seen
+
+    one, same = tmp_path / "one", tmp_path / "same"
+    for folder in (one, same):
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "a").write_text("12")
+        (folder / "b").write_text("123")
+    names = [str(one), str(same), str(one / "b"), str(tmp_path / "nothing")]
+    found = seen(names)
+    assert found[names[0]] == found[names[1]] != found[names[2]]
+    assert found[names[3]] is None
+    (same / "deep" / "a").write_text("1")
+    assert seen(names)[names[1]] != found[names[1]]
+
+
+def test_other_code_has_other_digits(tmp_path: Path) -> None:
+    from quest_dist.schedule_ray_nodes import digest_of_code
+
+    (tmp_path / "one.py").write_text("1")
+    before = digest_of_code(tmp_path)
+    (tmp_path / "data.json").write_text("1")
+    assert digest_of_code(tmp_path) == before
+    (tmp_path / "one.py").write_text("2")
+    assert digest_of_code(tmp_path) != before
+    assert digest_of_code() == digest_of_code(PACKAGE)
