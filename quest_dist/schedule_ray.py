@@ -29,7 +29,6 @@ from quest_dist import redact
 from quest_dist.cluster import Cluster, Workers, check_fits
 from quest_dist.plan import Unit
 from quest_dist.schedule import Round, by_model, can_retry, resolve, witnessed
-from quest_dist.spec import Spec
 from quest_dist.worker import Runtime, describe
 
 # Read by Ray when it is imported: no telemetry, no per-trial log files, no change of directory.
@@ -48,10 +47,20 @@ import ray  # noqa: E402
 import ray.exceptions  # noqa: E402
 from ray import tune  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
+from ray.air._internal import usage  # noqa: E402
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
 
 from quest_dist import schedule_ray_nodes as nodes  # noqa: E402
-from quest_dist.schedule_ray_order import Dealing, Dealt, Replacing, dealer_of  # noqa: E402
+from quest_dist.schedule_ray_order import (  # noqa: E402
+    Dealing,
+    Dealt,
+    Replacing,
+    dealer_of,
+    key_of,
+)
+
+# To count callbacks for the telemetry that is off, Ray would import MLflow: a second, and 150 MiB.
+usage.tag_callbacks = lambda callbacks: False
 
 _JOINING = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 OBJECT_STORE_BYTES = 200 * 2**20  # reports are small; Ray would take 30 % of the memory
@@ -194,30 +203,26 @@ class Tuned:
             dealing = Dealing(dealer, need)
         if self.cluster.address is not None:
             self._look_at_nodes(units, need)
-        # `import_path` lets workers find the evaluator where the driver found it (tests). Tune
-        # copies all units for each trial that it makes of one: texts are shared, dictionaries not.
-        config = {
-            "unit": tune.grid_search([json.dumps(unit.to_dict()) for unit in units]),
-            "runtime": Runtime(workers.cpus, workers.gpus).to_dict(),
-            "run_unit": self.run_unit,
-            "import_path": [p for p in sys.path if p],
-        }
+        # Tune copies and writes down each trial's configuration, so that is short.
+        shared: dict[str, int] = {}
+        config = {"unit": tune.grid_search([_brief(unit, shared) for unit in units])}
+        numbers = {unit.key: models[unit.first.model.canonical()] for unit in units}
 
         def bundle(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
-            model = models[Spec.from_dict(json.loads(config["unit"])["model"]).canonical()]
+            model = numbers[key_of(config)]
             mark = config.get("mark", {})
             return tune.PlacementGroupFactory([{**need, **mark, "memory": 1024.0 * (1 + model)}])
 
         name = f"round-{os.getpid()}-{self._rounds}"
         tuner = tune.Tuner(
-            tune.with_resources(self._evaluator(), bundle),
+            tune.with_resources(self._evaluator(list(shared), workers), bundle),
             param_space=config,
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
                 search_alg=dealing,
                 scheduler=Replacing() if dealing is None else Dealt(dealing),
                 max_concurrent_trials=at_once if dealing is None else None,
-                trial_name_creator=lambda trial: f"unit-{_key(trial)[:8]}",
+                trial_name_creator=lambda trial: f"unit-{key_of(trial.config)[:8]}",
                 trial_dirname_creator=lambda trial: f"{trial.trial_id}",
             ),
             run_config=tune.RunConfig(
@@ -253,11 +258,26 @@ class Tuned:
         nodes.check(able, nodes.paths(units))
         self._looked_at |= {node.id for node in able}
 
-    def _evaluator(self) -> Any:
-        """What a trial calls; secrets reach it through Ray's object store, which nobody prints."""
-        if not self._secrets:
-            return evaluate
-        return tune.with_parameters(evaluate, secrets=self._secrets)
+    def _evaluator(self, shared: Sequence[str], workers: Workers) -> Any:
+        """What a trial calls; what all trials need reaches it through Ray's object store, which
+        nobody prints, so secrets too."""
+        # `import_path` lets workers find the evaluator where the driver found it (tests).
+        given = {
+            "shared": shared,
+            "runtime": Runtime(workers.cpus, workers.gpus).to_dict(),
+            "run_unit": self.run_unit,
+            "import_path": [path for path in sys.path if path],
+            "secrets": self._secrets,
+        }
+        return tune.with_parameters(evaluate, given=given)
+
+
+def _brief(unit: Unit, shared: dict[str, int]) -> str:
+    """A unit as JSON: what others share with it is in `shared`, which is added to."""
+    whole = unit.to_dict()
+    own = {name: whole.pop(name) for name in ("key", "samples")}
+    place = shared.setdefault(json.dumps(whole, sort_keys=True), len(shared))
+    return json.dumps({**own, "shared": place})
 
 
 @contextlib.contextmanager
@@ -276,17 +296,19 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def evaluate(config: Mapping[str, Any], secrets: Mapping[str, str] | None = None) -> None:
+def evaluate(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Run one unit in a worker: one Tune report a sample, a last one for what broke it.
 
-    `secrets` are environment variables that it needs and that must not be kept anywhere.
+    `given` are what all units have in common, and `secrets`: environment variables that they need
+    and that must not be kept anywhere.
     """
-    os.environ.update(secrets or {})
-    sys.path += [path for path in config["import_path"] if path not in sys.path]
+    os.environ.update(given["secrets"])
+    sys.path += [path for path in given["import_path"] if path not in sys.path]
     unit = json.loads(config["unit"])
+    unit |= json.loads(given["shared"][unit.pop("shared")])
     try:
-        run_unit = resolve(config["run_unit"])
-        for report in witnessed(run_unit, unit, config["runtime"]):
+        run_unit = resolve(given["run_unit"])
+        for report in witnessed(run_unit, unit, given["runtime"]):
             tune.report({"report": report})
     except Exception as error:
         said = {"unit": unit["key"], "message": describe(error), "again": can_retry(error)}
@@ -319,12 +341,7 @@ class Delivery(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note a unit whose process ended without saying why."""
         if self.current is not None:
-            self.current.broken.setdefault(_key(trial), (_last_words(trial), True))
-
-
-def _key(trial: Any) -> str:
-    """The key of a trial's unit."""
-    return str(json.loads(trial.config["unit"])["key"])
+            self.current.broken.setdefault(key_of(trial.config), (_last_words(trial), True))
 
 
 def _last_words(trial: Any) -> str:

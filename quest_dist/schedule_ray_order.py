@@ -128,7 +128,7 @@ class Dealing(BasicVariantGenerator):
                 controller.stop_trial(trial)
 
     def _keep(self, trial: Any) -> None:
-        unit = str(json.loads(trial.config["unit"])["key"])
+        unit = key_of(trial.config)
         self._trials[unit], self._units[trial.trial_id] = trial, unit
 
     def _places(self) -> dict[str, int]:
@@ -172,6 +172,11 @@ class Dealt(Replacing):
         if group is None:
             return None
         return self.beyond(waiting[group], self._highest[group] - running[group] - 1)
+
+
+def key_of(config: Mapping[str, Any]) -> str:
+    """The key of a trial's unit."""
+    return str(json.loads(config["unit"])["key"])
 
 
 def dealer_of(
