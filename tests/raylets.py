@@ -8,15 +8,14 @@ the address. It ends, and the cluster with it, when its input does.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
-import queue
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from processes import TESTS, kill
 IMPATIENT = {"health_check_period_ms": 400, "health_check_failure_threshold": 3}
 STORE = 80 * 2**20
 ONE: Mapping[str, float] = {"CPU": 1}
-NETWORK, MOUNTS = 0x40000000, 0x00020000  # Linux's CLONE_NEWNET, CLONE_NEWNS
+# Linux's CLONE_NEWNET, CLONE_NEWNS and CLONE_FS
+NETWORK, MOUNTS, ROOTS = 0x40000000, 0x00020000, 0x200
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -124,28 +124,31 @@ def _added(cluster: Any, nodes: dict[str, Any], asked: Mapping[str, Any]) -> str
         "object_store_memory": STORE,
         "env_vars": {"NODE_NAME": asked["name"], **asked["env"]},
     }
-    answers: queue.Queue[str] = queue.Queue()
-
-    def elsewhere() -> None:
+    with contextlib.ExitStack() as stack:
         try:
-            try:
-                if asked["hides"]:
-                    _hide(asked["hides"])
-                if asked["apart"]:
-                    given["node_ip_address"] = _network()
-            except (OSError, subprocess.CalledProcessError):
-                if asked["hides"]:
-                    return answers.put("not permitted")
-            nodes[asked["name"]] = node = cluster.add_node(**given)
-            answers.put(str(node.node_ip_address))
-        except Exception as error:
-            answers.put("")
-            raise error
-        threading.Event().wait()  # what a thread has started may end with it
+            if asked["hides"]:
+                stack.enter_context(_back("mnt", MOUNTS))
+                _hide(asked["hides"])
+            if asked["apart"]:
+                stack.enter_context(_back("net", NETWORK))
+                given["node_ip_address"] = _network()
+        except (OSError, subprocess.CalledProcessError):
+            if asked["hides"]:
+                return "not permitted"
+        nodes[asked["name"]] = node = cluster.add_node(**given)
+    return str(node.node_ip_address)
 
-    # A thread has namespaces of its own, which it hands on to what it starts.
-    threading.Thread(target=elsewhere, daemon=True).start()
-    return answers.get()
+
+@contextlib.contextmanager
+def _back(name: str, flag: int) -> Iterator[None]:
+    """Return to this namespace at the end, if it was left; what was started stays in the other."""
+    place = Path(f"/proc/thread-self/ns/{name}")
+    with place.open() as home:
+        here = place.stat().st_ino
+        yield
+        if place.stat().st_ino != here:
+            LIBC.unshare(ROOTS)  # of threads that share their root none may change its mounts
+            assert LIBC.setns(home.fileno(), flag) == 0, os.strerror(ctypes.get_errno())
 
 
 def _hide(folder: str) -> None:

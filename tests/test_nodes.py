@@ -72,7 +72,7 @@ def on(found: list[Begun], node: str) -> list[Begun]:
 def test_a_node_is_lost_and_another_joins(raylets: Raylets, tmp_path: Path) -> None:
     raylets.add("stays")
     raylets.add("dies")
-    samples = "task.passkey.samples=24"
+    samples = "task.passkey.samples=20"
     sweep = start(raylets, tmp_path, *ONE_LENGTH, samples)
     try:
         until(lambda: on(sweep.begun, "stays") and len(on(sweep.begun, "dies")) > 1, 90, sweep.said)
@@ -87,7 +87,7 @@ def test_a_node_is_lost_and_another_joins(raylets: Raylets, tmp_path: Path) -> N
         raylets.kill("stays")
         raylets.kill("joins")
     times = Counter(each.sample for each in sweep.begun)
-    assert set(times) == set(range(24))
+    assert set(times) == set(range(20))
     # What the lost worker was at is begun once more, and nothing else.
     assert {sample for sample, n in times.items() if n > 1} <= {lost[-1].sample}
     assert max(times.values()) <= 2
@@ -135,7 +135,7 @@ def test_units_that_wait_for_a_kind_of_node_that_is_lost_go_to_another(
         "+cluster.node_types.fast={resource:fast,speed:4}",
         "+cluster.node_types.slow={resource:slow}",
     )
-    sweep = start(raylets, tmp_path, *ONE_LENGTH, "task.passkey.samples=12", *types, seconds=1.0)
+    sweep = start(raylets, tmp_path, *ONE_LENGTH, "task.passkey.samples=12", *types, seconds=0.8)
     try:
         until(lambda: len(on(sweep.begun, "first")) > 2 and on(sweep.begun, "second"), 90, "start")
         raylets.kill("first")
