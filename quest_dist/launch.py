@@ -175,7 +175,7 @@ def _round(
             progress.failure(unit, message)
             changed()
 
-        return run_units(units, workers, on_report, on_failure)
+        return run_units(units, workers, on_report, on_failure, work.seconds)
 
 
 @contextlib.contextmanager
