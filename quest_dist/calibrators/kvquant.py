@@ -36,7 +36,7 @@ SETTINGS = ("outliers", "sinks")
 SEQUENCES = 8
 LENGTH = 1024
 BINS = 2048
-STARTS = 2
+STARTS = 4
 """How often k-means begins anew; the best of them is kept."""
 
 
