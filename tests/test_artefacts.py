@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -292,7 +291,7 @@ def test_the_bundled_text_is_prose_and_no_part_of_what_is_measured() -> None:
 
 
 @pytest.fixture
-def conf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def conf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The options of conf/, and the tiny model."""
     own = tmp_path / "conf"
     shutil.copytree(find("conf"), own)
@@ -300,7 +299,6 @@ def conf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         f"tiny: {{source: local, path: {folder}, label: Tiny, dtype: float32}}\n"
     )
     monkeypatch.setenv("QUEST_CONF_DIR", str(own))
-    yield
 
 
 @pytest.mark.usefixtures("conf", "cache")
@@ -334,7 +332,7 @@ def test_the_command_makes_what_a_sweep_then_uses(
         (["kvquant3", "bits"], "setting 'bits': expected name=value"),
         (["kvquant3", "--model", "tinny"], "model='tinny': no such model; did you mean 'tiny'"),
         (["kvquant3", "--text", "/no/such.txt"], "--text /no/such.txt: cannot be read"),
-        (["kvquant3", "--text", "SHORT"], "text of 12 tokens: kvquant reads 8 x 1024"),
+        (["kvquant3", "--text", "SHORT"], "text of 12 tokens: kvquant reads 8 x 512"),
         (["kvquant3", "--text", "LONG", "--out", "/proc/a"], "--out /proc/a: cannot be written"),
     ],
 )

@@ -176,7 +176,9 @@ class KVQuant(Method):
         if end == start:
             return (view.kv.new_empty(0, view.kv_heads, view.kv.shape[-1]),) * 2
         k, v = ops.gather(view.kv, table, end - skipped)
-        return k[0, :, start - skipped :].transpose(0, 1), v[0, :, start - skipped :].transpose(0, 1)
+        return k[0, :, start - skipped :].transpose(0, 1), v[0, :, start - skipped :].transpose(
+            0, 1
+        )
 
     def _rules(self, view: View) -> Rules:
         """How the artefact says that this layer is quantised; ValueError for another shape."""

@@ -65,7 +65,9 @@ def token_bytes(kv_heads: int, head_dim: int, bits: int, share: float) -> float:
     """Bytes of one token's key and value, where `share` of the keys are outliers."""
     channels = kv_heads * head_dim
     codes = 2 * kv_heads * nuq.packed_bytes(head_dim, bits)
-    return codes + OUTLIER * (share * channels + sum(outlier_values(channels, share))) + NORM + COUNT
+    return (
+        codes + OUTLIER * (share * channels + sum(outlier_values(channels, share))) + NORM + COUNT
+    )
 
 
 def rules_bytes(channels: int, bits: int) -> int:

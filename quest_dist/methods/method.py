@@ -127,8 +127,8 @@ class Method(ABC):
 
     A method that holds the cache in a form of its own sets `attends` and overrides `attend`; where
     that form rounds keys or values, it is not `exact`. One that reads back what a GPU has computed
-    `waits`. One that needs something made from the model beforehand names in `calibration` who makes it
-    (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
+    `waits`. One that needs something made from the model beforehand names in `calibration` who
+    makes it (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
     """
 
     selects_pages: ClassVar[bool] = False
