@@ -125,8 +125,10 @@ def test_a_named_artefact_goes_by_its_content(
     assert key(copy) == key(made)
     tensors, header = load_file(copy), artefacts.header_of(copy)
     tensors["k3"] = tensors["k3"] + 1
+    before = artefacts.read(str(copy))
     artefacts.write(tensors, header, copy)
     assert key(copy) != key(made)
+    assert torch.equal(artefacts.read(str(copy))["k3"], before["k3"] + 1)
 
 
 def test_a_method_that_needs_none_takes_none(loaded: LoadedModel) -> None:
