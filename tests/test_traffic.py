@@ -27,6 +27,14 @@ LENGTH, BUDGET = 75, 12
         ("oracle_page", {"gqa": "max"}, (LENGTH + 12) * VECTOR, LENGTH * TOKEN),
         ("streaming", {}, 12 * TOKEN, 12 * TOKEN),
         ("h2o", {}, 12 * (TOKEN + 2 * SCORE), 12 * (TOKEN + SCORE)),
+        # Of 74 tokens of prefix 6 are the window: 68 in 3 clusters, with a label a kv head each.
+        ("squeezed", {}, 12 * TOKEN + 3 * VECTOR, LENGTH * TOKEN + 3 * VECTOR + 68 * 2 * 4),
+        (
+            "squeezed",
+            {"clusters": 0.5, "coarse_clusters": 0.1},  # 34 and 6; 5 of 68 tokens are to be kept
+            12 * TOKEN + (6 + 34 * 73 / 136) * VECTOR,
+            LENGTH * TOKEN + 40 * VECTOR + 68 * 2 * 4,
+        ),
         ("tova", {}, 12 * (TOKEN + 2 * 4), 12 * (TOKEN + 4)),
     ],
 )

@@ -127,7 +127,8 @@ class Method(ABC):
 
     A method that holds the cache in a form of its own sets `attends` and overrides `attend`. One
     that needs something made from the model beforehand names in `calibration` who makes it
-    (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
+    (quest_dist.calibrators.MODULE) and is given its file as `artefact`. One whose budget
+    cuts the prefilled context alone, and that keeps all that comes after, says `cuts_once`.
     """
 
     selects_pages: ClassVar[bool] = False
@@ -136,6 +137,7 @@ class Method(ABC):
     needs_prefill: ClassVar[bool] = False
     attends: ClassVar[bool] = False
     calibration: ClassVar[str | None] = None
+    cuts_once: ClassVar[bool] = False
 
     backend: ops.Through = field(default="compiled", kw_only=True)
     artefact: str | None = field(default=None, kw_only=True)
