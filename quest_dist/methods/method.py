@@ -125,10 +125,11 @@ class Method(ABC):
     `backend` compiled | flashinfer says whose kernels attend for it and for its dense layers; it is
     no part of the selection. Only a method that `selects_pages`, or everything, may leave compiled.
 
-    A method that holds the cache in a form of its own sets `attends` and overrides `attend`. One
-    that needs something made from the model beforehand names in `calibration` who makes it
-    (quest_dist.calibrators.MODULE) and is given its file as `artefact`. One whose budget
-    cuts the prefilled context alone, and that keeps all that comes after, says `cuts_once`.
+    A method that holds the cache in a form of its own sets `attends` and overrides `attend`; where
+    that form rounds keys or values, it is not `exact`. One that reads back what a GPU has computed
+    `waits`. One that needs something made from the model beforehand names in `calibration` who
+    makes it (quest_dist.calibrators.MODULE) and is given its file as `artefact`. One whose budget
+    cuts the prefilled context alone, and that keeps all that comes after, `cuts_once`.
     """
 
     selects_pages: ClassVar[bool] = False
@@ -136,6 +137,8 @@ class Method(ABC):
     needs_probabilities: ClassVar[bool] = False
     needs_prefill: ClassVar[bool] = False
     attends: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
     calibration: ClassVar[str | None] = None
     cuts_once: ClassVar[bool] = False
 

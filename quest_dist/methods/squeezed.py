@@ -45,6 +45,7 @@ class Squeezed(Method):
     """
 
     needs_prefill: ClassVar[bool] = True
+    waits: ClassVar[bool] = True
     cuts_once: ClassVar[bool] = True
 
     clusters: float = 0.05
