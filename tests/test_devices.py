@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import no_gpu
 import pytest
 import torch
-from cache_harness import BUDGETED, METHODS, Stream, asked_for, method_spec, no_rotation, settings_of
+from cache_harness import (
+    BUDGETED,
+    METHODS,
+    Stream,
+    asked_for,
+    method_spec,
+    no_rotation,
+    settings_of,
+)
 from tiny_models import tiny
 
 import quest_dist

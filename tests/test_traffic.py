@@ -35,6 +35,9 @@ LENGTH, BUDGET = 75, 12
             12 * TOKEN + (6 + 34 * 73 / 136) * VECTOR,
             LENGTH * TOKEN + 40 * VECTOR + 68 * 2 * 4,
         ),
+        # A state of 2 heads x 8 x (16 + 1) fp32 numbers.
+        ("less_h2o", {}, 12 * (TOKEN + 2 * SCORE) + 1088, 12 * (TOKEN + SCORE) + 1088),
+        ("less_window", {"rank": 4}, 12 * TOKEN + 544, 12 * TOKEN + 544),
         ("tova", {}, 12 * (TOKEN + 2 * 4), 12 * (TOKEN + 4)),
     ],
 )

@@ -40,9 +40,7 @@ STARTS = 2
 """How often k-means begins anew; the best of them is kept."""
 
 
-def make(
-    loaded: LoadedModel, tokens: Tensor, settings: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def make(loaded: LoadedModel, tokens: Tensor, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """The artefact's tensors, from tokens int64 [sequences, length]."""
     numbers = [_observed(loaded, row[None], int(settings["sinks"])) for row in tokens]
     share = float(settings["outliers"])
