@@ -8,9 +8,10 @@ dense attention after the layer's output projection. Only queries after a cut co
 hidden states, exact ones, are every layer's input.
 
 H2O's scores are sums over every STRIDE-th query. Adam at RATE, halved every HALVED epochs of
-EPOCHS, BATCH sequences a step, hidden numbers dropped at DROPOUT: the paper's. Ours are the text's
-SEQUENCES of LENGTH tokens (paper: 512 of the model's length), the cuts and budgets (paper: one
-budget, every position), fewer epochs (paper: 40), and a narrower hidden layer.
+EPOCHS, BATCH sequences a step and DROPOUT are the paper's. Ours are the text's SEQUENCES of LENGTH
+tokens (paper: 512 of the model's length), the cuts and budgets (paper: one budget, every position),
+fewer epochs (paper: 40), hidden units dropped for all tokens of a step at once (paper: token by
+token), and a narrower hidden layer.
 
 Tensors: `methods.low_rank.Maps` with a leading dimension of layers, fp32.
 """
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SETTINGS = ("policy", "sinks", "recent_share", "rank", "hidden")
-SEQUENCES, LENGTH = 8, 2048
+SEQUENCES, LENGTH = 8, 1536
 CUTS = 4
 DIVISORS = (4, 8, 16, 32)
 STRIDE = 4

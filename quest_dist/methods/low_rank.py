@@ -37,15 +37,21 @@ class Maps(NamedTuple):
     outer: Tensor  # [G, 1, r]: s2
 
     def phi(self, q: Tensor, drop: float = 0.0) -> Tensor:
-        """q [..., H, n, D] -> [..., H, n, r]; `drop` of the hidden numbers are left out."""
-        hidden = dropout(gelu(q.float() @ self.q1), drop, drop > 0)
-        return gelu(hidden @ self.q2).abs()
+        """q [..., H, n, D] -> [..., H, n, r]; a share `drop` of the hidden units is left out."""
+        return gelu(_thinned(gelu(q.float() @ self.q1), drop) @ self.q2).abs()
 
     def psi(self, k: Tensor, drop: float = 0.0) -> Tensor:
         """k [..., G, n, D] -> [..., G, n, r]."""
-        hidden = dropout(gelu(k.float() @ self.k1), drop, drop > 0)
+        hidden = _thinned(gelu(k.float() @ self.k1), drop)
         t = self.inner.abs() * gelu(hidden @ self.k2)
         return (t + (t @ self.k3) * self.outer).abs()
+
+
+def _thinned(hidden: Tensor, drop: float) -> Tensor:
+    """Hidden numbers [..., n, M] without a share of their units, the same for all n tokens."""
+    if drop == 0:
+        return hidden
+    return hidden * dropout(torch.ones_like(hidden[..., :1, :]), drop)
 
 
 class State(NamedTuple):
