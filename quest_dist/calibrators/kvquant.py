@@ -36,7 +36,7 @@ SETTINGS = ("outliers", "sinks")
 SEQUENCES = 8
 LENGTH = 1024
 BINS = 2048
-STARTS = 2
+STARTS = 4
 """How often k-means begins anew; the best of them is kept."""
 
 
@@ -130,6 +130,8 @@ def _kept(x: Tensor, lower: Tensor, upper: Tensor, weights: Tensor) -> tuple[Ten
 
 def _fitted(x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Centroids by what follows their name: 2, 2_qnorm, 3, ..."""
+    if not len(x):  # all are outliers: there is nothing to fit, nor to look up
+        x, weights = torch.zeros(1), torch.ones(1)
     place = ((x + 1) / 2 * BINS).long().clamp(max=BINS - 1)
     # Where no gradient arrives at all, all numbers weigh the same.
     weights = weights if bool(weights.any()) else torch.ones_like(weights)

@@ -136,6 +136,10 @@ class KVQuant(Method):
             layer = self._layers[view.layer] = self._begun(view)
         for number, length in enumerate(view.lengths_list):
             start, row = layer.lengths[number], layer.rows[number]
+            if start < min(self.sinks, length):  # the context was shorter
+                start = min(self.sinks, length)
+                row.sinks = self._cached(view, number, 0, start)
+                layer.lengths[number] = start
             if length > start:
                 tokens = self._quantised(view, number, start, length, layer.rules)
                 row.own = tokens if row.own is None else row.own.followed_by(tokens)
