@@ -23,7 +23,7 @@ DOORS = {
     "sqlite3": ("ledger", "doctor/"),
     "jinja2": ("report/",),
     "flashinfer": ("on_flashinfer",),
-    "sklearn": ("calibrators/kvquant",),
+    "sklearn": ("calibrators/kvquant", "methods/clusters"),
     "rich": ("progress", "closing", "estimate", "launch", "bench/"),
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).

@@ -39,7 +39,8 @@ def test_decoding_from_an_empty_cache_is_dense_until_the_budget(name: str) -> No
     dense = decode(stream, method_spec("full").build, [0], prefix=1, page_size=S)
     sparse = decode(stream, method_spec(name).build, [16], prefix=1, page_size=S)
     assert torch.equal(sparse.outputs[:15, 0], dense.outputs[:15, 0])
-    assert not torch.equal(sparse.outputs[20:, 0], dense.outputs[20:, 0])
+    forgets = not method_spec(name).build().cuts_once
+    assert torch.equal(sparse.outputs[20:, 0], dense.outputs[20:, 0]) != forgets
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -91,8 +92,8 @@ def test_no_method_captures_more_mass_than_the_token_oracle(name: str) -> None:
     for budget in (8, 16, 32):
         oracle = decode(stream, method_spec("oracle_token").build, [budget], prefix=59, page_size=S)
         other = decode(stream, method_spec(name).build, [budget], prefix=59, page_size=S)
-        if name == "h2o":
-            continue  # its first step is dense by definition
+        if method_spec(name).build().planned(60, budget, S, 0)[1] > budget:
+            continue  # its first step may attend to more than the budget, by definition
         assert bool((oracle.steps[0].attended.lse >= other.steps[0].attended.lse - 1e-5).all())
 
 

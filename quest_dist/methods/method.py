@@ -128,7 +128,12 @@ class Method(ABC):
     A method that holds the cache in a form of its own sets `attends` and overrides `attend`; where
     that form rounds keys or values, it is not `exact`. One that reads back what a GPU has computed
     `waits`. One that needs something made from the model beforehand names in `calibration` who
+<<<<<<< HEAD
     makes it (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
+=======
+    makes it (quest_dist.calibrators.MODULE) and is given its file as `artefact`. One whose budget
+    cuts the prefilled context alone, and that keeps all that comes after, `cuts_once`.
+>>>>>>> b859ba12e80a885791e304e1f20c96db668a2cc9
     """
 
     selects_pages: ClassVar[bool] = False
@@ -139,6 +144,7 @@ class Method(ABC):
     exact: ClassVar[bool] = True
     waits: ClassVar[bool] = False
     calibration: ClassVar[str | None] = None
+    cuts_once: ClassVar[bool] = False
 
     backend: ops.Through = field(default="compiled", kw_only=True)
     artefact: str | None = field(default=None, kw_only=True)
