@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> Report:
             "contract": timing.contract(
                 on_gpu=False,
                 warm_up=timing.WARM_UP["cpu"],
-                repeats=f"{timing.FEWEST_CYCLES} to {timing.MOST_CYCLES} cycles in the seconds given",
+                repeats=f"{timing.FEWEST_CYCLES} to {timing.MOST_CYCLES} cycles",
                 tokens="one query a call; the context does not grow",
                 cache=f"cold: {REUSE} x the last-level cache is read between two uses of a buffer",
                 graphs="off: a CPU",
