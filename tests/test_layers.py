@@ -28,9 +28,16 @@ DOORS = {
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
+<<<<<<< HEAD
     ("suggest", "folders", "redact", "spec", "plan", "node_types", "cluster"),
     ("_cpu", "_cuda", "backend", "metadata", "arguments", "nuq", "reference", "reference_prefill"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
+=======
+    ("suggest", "folders", "redact", "spec", "plan", "cluster"),
+    ("_cpu", "_cuda", "backend", "metadata", "packing"),
+    ("arguments", "reference", "reference_prefill", "reference_packed"),
+    ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill", "packed"),
+>>>>>>> 7a91f8dd0fced351be6558093044987ca54bcded
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
     ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs", "artefacts"),
     ("table", "ordering", "lossless", "matched"),

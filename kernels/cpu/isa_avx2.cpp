@@ -2,6 +2,7 @@
 #include "vec_avx2.h"
 #include "inner.h"
 #include "block.h"
+#include "packed_block.h"
 // clang-format on
 
 namespace quest {
@@ -21,6 +22,8 @@ const Isa kAvx2 = {
     {nullptr, nullptr},
     probabilities,
     nullptr,
+    nullptr,
+    unpack,
     nullptr,
 };
 

@@ -2,6 +2,7 @@
 #include "vec_avx512.h"
 #include "inner.h"
 #include "block.h"
+#include "packed_block.h"
 #include "largest_avx512.h"
 // clang-format on
 
@@ -22,6 +23,8 @@ const Isa kAvx512 = {
     {nullptr, nullptr},
     probabilities,
     largest,
+    nullptr,
+    unpack,
     nullptr,
 };
 

@@ -2,6 +2,7 @@
 #include "vec_scalar.h"
 #include "inner.h"
 #include "block.h"
+#include "packed_block.h"
 // clang-format on
 
 namespace quest {
@@ -21,6 +22,8 @@ const Isa kScalar = {
     {nullptr, nullptr},
     probabilities,
     nullptr,
+    nullptr,
+    unpack,
     nullptr,
 };
 
