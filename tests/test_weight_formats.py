@@ -270,10 +270,10 @@ def test_the_bundled_model_keeps_its_language(chosen: str) -> None:
 @needs_bundled
 def test_the_bundled_model_decodes_and_prefills_alike() -> None:
     """One token through the kernel, and all at once through widened weights."""
-    loaded = models.load({**BUNDLED, "weight_format": "rtn4"})
+    loaded = models.load({**BUNDLED, "weight_format": "rtn4", "dtype": "float32"})
     ids = loaded.language.encode("The quick brown fox jumps over the lazy dog. " * 12)
     whole = logits(loaded.model, torch.tensor([ids]))[0, -1].float()
     with attention.patched(loaded.model, method="full") as model, torch.no_grad():
         cache = model(torch.tensor([ids[:-1]])).past_key_values
         last = model(torch.tensor([ids[-1:]]), past_key_values=cache).logits[0, -1].float()
-    assert float((last - whole).abs().max()) < 0.05 * float(whole.std())
+    assert float((last - whole).abs().max()) < 1e-3 * float(whole.std())

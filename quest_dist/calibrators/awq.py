@@ -101,6 +101,7 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
     return next(layer.parameters()).dtype
 
 
+@torch.no_grad()
 def best_scale(linears: list[Any], x: Tensor, run: Callable[[], Tensor], group: int) -> Tensor:
     """The scale [channels] of an input x [..., channels] with which the rounded weights of
     `linears` change what `run` gives least; the weights are as before afterwards."""
@@ -120,6 +121,7 @@ def best_scale(linears: list[Any], x: Tensor, run: Callable[[], Tensor], group: 
     return best
 
 
+@torch.no_grad()
 def best_clip(weight: Tensor, x: Tensor, group: int) -> Tensor:
     """The largest magnitude to keep, fp16 [outputs, groups], of weights [outputs, inputs] that take
     x [tokens, inputs]: the one that changes the group's own product least."""
