@@ -28,6 +28,16 @@ struct ByteMeta {
   const float *scale, *offset;  // [R, G, 2, D]
 };
 
+// Keys and values in codes of few bits: leading tokens of each row, in blocks of `group` tokens.
+// What a block holds stands in quest_dist/packing.py.
+struct Packed {
+  uint8_t* data;                 // [blocks, G, bytes of a block]
+  const int32_t* table;          // [R, row_blocks]
+  const int32_t *keys, *values;  // [R]: tokens whose keys (a multiple of group), values are packed
+  const float* levels;           // [2, 2^bits]: what codes of keys, of values, stand for
+  int64_t blocks, row_blocks, bits, group;
+};
+
 struct Strided {  // [R, G, n, D] whose last dimension is contiguous; strides in elements
   const void* data;
   int64_t row, head, token;
@@ -124,6 +134,16 @@ void prefer_huge_pages(void* data, int64_t bytes);
 
 // k and v [R, G, length, D], contiguous.
 void gather(const Pages& pages, int64_t length, void* k, void* v, int threads);
+
+// Packs tokens [keys[r], packed.keys[r]) and [values[r], packed.values[r]) of every row. Rows may
+// share blocks, but a token of a block is one row's to pack.
+void pack(const Pages& pages, const Packed& packed, const int32_t* keys, const int32_t* values,
+          int threads);
+
+// attend over packed tokens where they are packed, over the pool's where they are not.
+void attend_packed(const Pages& pages, const Packed& packed, const void* q, int64_t heads,
+                   const int32_t* lengths, const Selection& selection, float scale,
+                   const Attended& result, int threads);
 
 // Causal attention of the last n of L positions, bf16, D in {64, 128}. q [R, H, n, D] and
 // k, v [R, G, L, D] strided; out [R, n, H, D] contiguous; workspace of prefill_workspace bytes.

@@ -27,6 +27,35 @@ class Selection:
 class Int4:
     def __init__(self, data: int, outputs: int, inputs: int, group: int) -> None: ...
 
+class Packed:
+    def __init__(
+        self,
+        data: int,
+        table: int,
+        keys: int,
+        values: int,
+        levels: int,
+        blocks: int,
+        row_blocks: int,
+        bits: int,
+        group: int,
+    ) -> None: ...
+
+def pack(pages: Pages, packed: Packed, keys: int, values: int, threads: int) -> None: ...
+def attend_packed(
+    pages: Pages,
+    packed: Packed,
+    q: int,
+    heads: int,
+    lengths: int,
+    selection: Selection,
+    scale: float,
+    out: int,
+    attended: int,
+    read: int,
+    lse: int,
+    threads: int,
+) -> None: ...
 def append(
     pages: Pages, k: Strided, v: Strided, starts: int, tokens: int, threads: int
 ) -> None: ...

@@ -28,8 +28,10 @@ DOORS = {
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
     ("suggest", "folders", "redact", "spec", "plan", "cluster"),
-    ("_cpu", "_cuda", "backend", "metadata", "arguments", "reference", "reference_prefill"),
-    ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill", "int4"),
+    ("_cpu", "_cuda", "backend", "metadata", "packing"),
+    ("arguments", "reference", "reference_prefill", "reference_packed"),
+    ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill", "packed"),
+    ("int4",),
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
     ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs"),
     ("table", "ordering", "lossless", "matched"),

@@ -3,6 +3,7 @@
 #include "inner.h"
 #include "block.h"
 #include "int4.h"
+#include "packed_block.h"
 // clang-format on
 
 namespace quest {
@@ -24,6 +25,8 @@ const Isa kAvx2 = {
     {nullptr, nullptr},
     probabilities,
     nullptr,
+    nullptr,
+    unpack,
     nullptr,
 };
 

@@ -3,6 +3,7 @@
 #include "inner.h"
 #include "block.h"
 #include "int4.h"
+#include "packed_block.h"
 #include "largest_avx512.h"
 // clang-format on
 
@@ -25,6 +26,8 @@ const Isa kAvx512 = {
     {nullptr, nullptr},
     probabilities,
     largest,
+    nullptr,
+    unpack,
     nullptr,
 };
 

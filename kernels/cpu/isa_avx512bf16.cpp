@@ -8,6 +8,7 @@
 #include "largest_avx512.h"
 #include "pairs_avx512bf16.h"
 #include "prefill_avx512bf16.h"
+#include "packed_avx512bf16.h"
 // clang-format on
 
 namespace quest {
@@ -30,6 +31,8 @@ const Isa kAvx512Bf16 = {
     probabilities,
     largest,
     prefill,
+    unpack,
+    packed_chunk,
 };
 
 }  // namespace cpu

@@ -125,8 +125,9 @@ class Method(ABC):
     `backend` compiled | flashinfer says whose kernels attend for it and for its dense layers; it is
     no part of the selection. Only a method that `selects_pages`, or everything, may leave compiled.
 
-    A method that holds the cache in a form of its own sets `attends` and overrides `attend`. One
-    that needs something made from the model beforehand names in `calibration` who makes it
+    A method that holds the cache in a form of its own sets `attends` and overrides `attend`; where
+    that form is not `exact`, attending to everything is not dense attention bit for bit. One that
+    needs something made from the model beforehand names in `calibration` who makes it
     (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
     """
 
@@ -135,6 +136,7 @@ class Method(ABC):
     needs_probabilities: ClassVar[bool] = False
     needs_prefill: ClassVar[bool] = False
     attends: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
     calibration: ClassVar[str | None] = None
 
     backend: ops.Through = field(default="compiled", kw_only=True)
