@@ -146,6 +146,22 @@ void prefill_attend(const quest::Strided& q, const quest::Strided& k, const ques
                              at<void>(out), at<void>(workspace), threads);
 }
 
+quest::Int4 make_int4(Address data, int64_t outputs, int64_t inputs, int64_t group) {
+  return {at<const uint8_t>(data), outputs, inputs, group};
+}
+
+void linear4(const quest::Int4& weights, Address x, int dtype, int64_t rows, Address out,
+             int threads) {
+  quest::cpu::linear4(weights, at<const void>(x), static_cast<quest::DType>(dtype), rows,
+                      at<void>(out), threads);
+}
+
+void widen4(const quest::Int4& weights, int64_t first, int64_t count, int dtype, Address out,
+            int threads) {
+  quest::cpu::widen4(weights, first, count, static_cast<quest::DType>(dtype), at<void>(out),
+                     threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -155,6 +171,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<quest::ByteMeta>(m, "ByteMeta").def(py::init(&make_bytes));
   py::class_<quest::Selection>(m, "Selection").def(py::init(&make_selection));
   py::class_<quest::Angles>(m, "Angles").def(py::init(&make_angles));
+  py::class_<quest::Int4>(m, "Int4").def(py::init(&make_int4));
   py::class_<quest::Packed>(m, "Packed").def(py::init(&make_packed));
   m.def("append", &append, no_gil);
   m.def("pack", &pack, no_gil);
@@ -170,6 +187,8 @@ PYBIND11_MODULE(_cpu, m) {
         [](Address data, int64_t bytes) { quest::cpu::prefer_huge_pages(at<void>(data), bytes); });
   m.def("prefill_attend", &prefill_attend, no_gil);
   m.def("prefill_workspace", &quest::cpu::prefill_workspace);
+  m.def("linear4", &linear4, no_gil);
+  m.def("widen4", &widen4, no_gil);
   m.def("has_prefill", &quest::cpu::has_prefill);
   m.def("isa", &quest::cpu::isa);
   m.def("isas", &quest::cpu::isas);

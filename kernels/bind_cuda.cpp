@@ -119,6 +119,22 @@ void gather(const Launch& launch, const Pages& pages, int64_t length, Address k,
   quest::cuda::gather(launch, pages, length, at<void>(k), at<void>(v));
 }
 
+quest::Int4 make_int4(Address data, int64_t outputs, int64_t inputs, int64_t group) {
+  return {at<const uint8_t>(data), outputs, inputs, group};
+}
+
+void linear4(const Launch& launch, const quest::Int4& weights, Address x, int dtype, int64_t rows,
+             Address out) {
+  quest::cuda::linear4(launch, weights, at<const void>(x), static_cast<quest::DType>(dtype), rows,
+                       at<void>(out));
+}
+
+void widen4(const Launch& launch, const quest::Int4& weights, int64_t first, int64_t count,
+            int dtype, Address out) {
+  quest::cuda::widen4(launch, weights, first, count, static_cast<quest::DType>(dtype),
+                      at<void>(out));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -127,6 +143,7 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<Strided>(m, "Strided", py::module_local()).def(py::init(&make_strided));
   py::class_<Selection>(m, "Selection", py::module_local()).def(py::init(&make_selection));
   py::class_<Angles>(m, "Angles", py::module_local()).def(py::init(&make_angles));
+  py::class_<quest::Int4>(m, "Int4", py::module_local()).def(py::init(&make_int4));
   m.def("append", &append);
   m.def("page_scores", &page_scores);
   m.def("select_top", &select_top);
@@ -139,6 +156,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("check_lists", &check_lists);
   m.def("token_scores", &token_scores);
   m.def("gather", &gather);
+  m.def("linear4", &linear4);
+  m.def("widen4", &widen4);
   m.def("device_count", &quest::cuda::device_count);
   m.def("capture_id", [](Address stream) { return quest::cuda::capture_id(at<void>(stream)); });
   m.def("warm_up", &quest::cuda::warm_up);

@@ -81,6 +81,23 @@ struct Token {
   float scale;
 };
 
+// A linear layer's weights in 4 bits: output o and input i weigh (code - zero) * scale, the latter
+// two of o and the group of `group` inputs that i is in (the last group may be smaller). Tiles of
+// kTileOutputs outputs follow one another, the last filled up with zeros; a tile is its groups, and
+// a group a head and lines, of kLine bytes each:
+//   head: fp16 scale[16], uint8 zero[16], 16 bytes of nothing;
+//   line, for each 8 inputs: uint32 word[16], one an output; bits 16 p + 4 n hold input 2 n + p.
+// Hence a line's 16-bit halves shifted by 4 n are the pairs of inputs that a bf16 dot product takes.
+struct Int4 {
+  const uint8_t* data;
+  int64_t outputs, inputs, group;  // inputs and group are multiples of 8
+};
+constexpr int64_t kTileOutputs = 16, kLine = 64, kLineInputs = 8;
+
+inline int64_t tile_bytes(const Int4& w) {
+  return kLine * (w.inputs / kLineInputs + (w.inputs + w.group - 1) / w.group);
+}
+
 namespace cpu {
 
 void append(const Pages& pages, const Strided& k, const Strided& v, const int32_t* starts,
@@ -135,6 +152,13 @@ int64_t prefill_workspace(int64_t rows, int64_t kv_heads, int64_t length, int64_
 void prefill_attend(const Strided& q, const Strided& k, const Strided& v, int64_t rows,
                     int64_t heads, int64_t kv_heads, int64_t queries, int64_t length, int64_t dim,
                     float scale, void* out, void* workspace, int threads);
+
+// out [rows, outputs] = x [rows, inputs] times the weights, both of dtype. Weights are taken as they
+// are, never rounded to dtype; a row's bits depend neither on the other rows nor on the threads.
+void linear4(const Int4& weights, const void* x, DType dtype, int64_t rows, void* out, int threads);
+
+// out [count, inputs]: the weights of outputs from `first` on, rounded to dtype.
+void widen4(const Int4& weights, int64_t first, int64_t count, DType dtype, void* out, int threads);
 
 // The instruction set in use, all those this machine supports (best first, comma separated), and
 // the choice of one.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from quest_dist.models import LoadedModel
 
 #: What of a model's identity says whose weights they are.
-WEIGHTS = ("source", "weights", "recipe", "repo", "revision")
+WEIGHTS = ("source", "weights", "recipe", "repo", "revision", "weight_format", "scales")
 HEADER = "quest_dist"
 #: Modules of the standard library whose docstrings are the text; characters of it that are kept.
 TEXT_CHARACTERS = 1 << 20
@@ -163,6 +163,12 @@ def ready(loaded: LoadedModel, spec: Spec) -> str | None:
     if (named := spec.settings.get("artefact")) is not None:
         check(Path(named), kind, settings, loaded.identity)
         return str(named)
+    return made(loaded, kind, settings)
+
+
+def made(loaded: LoadedModel, kind: str, settings: Mapping[str, Any]) -> str:
+    """The artefact of a kind and settings for this model in the user's cache, made now where it is
+    absent."""
     text = bundled_text()
     what = recipe(kind, settings, loaded.identity, text_digest(text))
     place = cache_root() / "artefacts" / f"{kind}-{digest(what)}.safetensors"

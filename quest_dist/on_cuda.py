@@ -10,14 +10,19 @@ token scores and probabilities by the slots of a row. What is beyond the values 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from quest_dist.arguments import WORD, Arguments, one_token, strided
+from quest_dist.arguments import DTYPES, WORD, Arguments, one_token, strided
 from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
 from quest_dist.metadata import Int8Metadata
 from quest_dist.reference import Attended
+
+if TYPE_CHECKING:
+    from quest_dist.int4 import Int4
 
 #: (device, stream, whether it is for a graph) -> the capture and its counters.
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
@@ -33,6 +38,22 @@ def append(
     from_k, from_v = strided(native, k), strided(native, v)
     native.append(_launch(kv), pages, from_k, from_v, starts.data_ptr(), a["n"])
     check(a, page_table=page_table, starts=starts)
+
+
+def linear4(native: Any, x: Tensor, outputs: int) -> Tensor:
+    """int4.linear of few rows x [R, inputs]; `native` are the packed weights."""
+    x = _in_words(x)
+    out = torch.empty(x.shape[0], outputs, dtype=x.dtype, device=x.device)
+    rows, kind = x.shape[0], DTYPES[x.dtype]
+    compiled_cuda().linear4(_launch(x), native, x.data_ptr(), kind, rows, out.data_ptr())
+    return out
+
+
+def widen4(native: Any, weight: Int4, dtype: torch.dtype, first: int, count: int) -> Tensor:
+    """int4.widened; `native` are the packed weights."""
+    out = torch.empty(count, weight.inputs, dtype=dtype, device=weight.data.device)
+    compiled_cuda().widen4(_launch(out), native, first, count, DTYPES[dtype], out.data_ptr())
+    return out
 
 
 def page_scores(

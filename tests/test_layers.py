@@ -37,11 +37,28 @@ LAYERS = (
     ("_cpu", "_cuda", "backend", "metadata", "packing"),
     ("arguments", "reference", "reference_prefill", "reference_packed"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill", "packed"),
+<<<<<<< HEAD
 >>>>>>> 7a91f8dd0fced351be6558093044987ca54bcded
+=======
+    ("int4",),
+>>>>>>> 15d6d96bf588245a7bdcb60dcf091fda343230ca
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
     ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs", "artefacts"),
     ("table", "ordering", "lossless", "matched"),
+<<<<<<< HEAD
     ("attention", "attention_inputs", "models", "overview", "projection", "attention_sides"),
+=======
+    (
+        "attention",
+        "linear4",
+        "awq_files",
+        "artefacts",
+        "models",
+        "overview",
+        "projection",
+        "attention_sides",
+    ),
+>>>>>>> 15d6d96bf588245a7bdcb60dcf091fda343230ca
     ("calibrators/",),
     (
         "engine",

@@ -101,8 +101,22 @@ struct PrefillBlock {
 };
 using Prefill = void (*)(const PrefillBlock& block);
 
+// Some rows times some tiles of weights in 4 bits (ops.h says how they lie).
+struct Int4Block {
+  const uint8_t* tiles;
+  int64_t count, bytes;  // tiles, and bytes of one
+  int64_t inputs, group;
+  const void* x;  // [rows, inputs], fp32 or bf16
+  int64_t rows;
+  const float* sums;  // [rows, groups] of x
+  float* out;         // [rows, 16 count]
+};
+using Int4Rows = void (*)(const Int4Block& block);
+
 struct Isa {
   const char* name;
+  Int4Rows int4_rows;   // x in fp32
+  Int4Rows int4_pairs;  // x in bf16, or nullptr
   // Indexed by DType.
   Keys keys[2];
   PageDots page_dots[2];     // weights are fp32

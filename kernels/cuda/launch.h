@@ -134,6 +134,7 @@ void load_attend();
 void load_decode_scores();
 void load_decode_attend();
 void load_lists();
+void load_int4();
 
 }  // namespace cuda
 }  // namespace quest

@@ -76,5 +76,11 @@ void token_scores(const Launch& launch, const Pages& pages, const void* q, int64
 
 void gather(const Launch& launch, const Pages& pages, int64_t length, void* k, void* v);
 
+// As quest::cpu's; weights, x and out are aligned to 16 bytes.
+void linear4(const Launch& launch, const Int4& weights, const void* x, DType dtype, int64_t rows,
+             void* out);
+void widen4(const Launch& launch, const Int4& weights, int64_t first, int64_t count, DType dtype,
+            void* out);
+
 }  // namespace cuda
 }  // namespace quest
