@@ -52,7 +52,9 @@ def plain(loaded: LoadedModel, points: Sequence[Point]) -> list[tuple[int, ...]]
 
 
 def test_methods_that_keep_state_are_told_from_those_that_do_not() -> None:
-    assert {"full", "quest", "tightbound", "streaming", "oracle_token", "oracle_page"} <= {*STATELESS}
+    assert {"full", "quest", "tightbound", "streaming", "oracle_token", "oracle_page"} <= {
+        *STATELESS
+    }
     assert not {"h2o", "tova"} & {*STATELESS}
     assert not method_spec("quest", metadata="int8").build().stateless()
 
@@ -71,7 +73,10 @@ def test_tokens_are_plain_decodings_under_every_method(kind: str, size: int, pla
         assert facts["nodes"] <= size
         assert result.planned_low - 1e-6 <= result.attended <= result.planned_high + 1e-6
         if size == 1:
-            assert (facts["tokens_per_pass"], facts["cache_ratio"]) == (1, pytest.approx(1))
+            assert (facts["tokens_per_pass"], facts["cache_ratio"]) == (
+                1,
+                pytest.approx(1, abs=0.03),
+            )
             assert facts["passes"] == SAMPLE.max_new_tokens - 1
 
 
@@ -147,15 +152,14 @@ def test_a_draft_that_is_always_wrong_gives_one_token_a_pass(name: str) -> None:
 def test_a_draft_that_is_always_right_gives_the_trees_depth(rank: int) -> None:
     made = point("quest", 9)
     [truth] = plain(tiny_loaded(), [made])
-    acceptance = [0.05] * 3
-    acceptance[rank] = 0.85
-    shape = best_shape(acceptance, 4 + 4 * rank, 5)
+    shape, right = Tree(), -1
+    for level in range(5):  # three guesses after each right one, and the root
+        added = [shape.add(-1, right, r) for r in range(3 if level else 1)]
+        right = added[rank if level else 0]
     spoken = speculated(made, Scripted(truth, rank), shape)
     assert tuple(spoken.tokens) == truth
-    levels = max(shape.depths)
-    assert set(spoken.given[:-2]) == {levels}  # past the answer the script has nothing right
-    assert levels >= 4 - (rank == 2)
-    assert spoken.hits[rank] == max(spoken.hits) == sum(spoken.hits)
+    assert set(spoken.given[:-1]) == {5}  # past the answer the script has nothing right
+    assert spoken.hits[rank] == sum(spoken.hits) >= 4 * (len(spoken.given) - 1)
 
 
 def test_the_target_as_its_own_draft_is_accepted_to_the_last_level() -> None:
@@ -278,7 +282,7 @@ def test_another_model_drafts_from_a_cache_of_its_own(folder: Path) -> None:
 
 def test_a_draft_of_another_vocabulary_is_refused(folder: Path) -> None:
     settings = {"source": "local", "path": str(folder), "dtype": "float32"}
-    with pytest.raises(ValueError, match="draft_model=.*its vocabulary differs from the target's"):
+    with pytest.raises(ValueError, match=r"draft_model=.*its vocabulary differs from the target's"):
         speculation.evaluate(tiny_loaded(), changed(draft="model", draft_model=settings), GRID)
 
 
@@ -341,9 +345,7 @@ RUN = ["grid.model=[smollm2]", "grid.task=[speculation]", "grid.method=[full]"]
         ),
     ],
 )
-def test_what_cannot_be_run_is_said_before_a_worker_starts(
-    overrides: list[str], said: str
-) -> None:
+def test_what_cannot_be_run_is_said_before_a_worker_starts(overrides: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         prepare(compose.composed([*RUN, *overrides]))
 

@@ -1,4 +1,4 @@
-"""Token trees: the dynamic programming finds what brute force finds, and the walk accepts rightly."""
+"""Token trees: dynamic programming finds what brute force finds, and the walk accepts rightly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def _children(nodes: int, depth: int, left: int, branches: int) -> list[Nested]:
 
 def value(shape: Nested, acceptance: Sequence[float]) -> float:
     """Expected tokens, by the definition."""
-    return 1 + sum(p * value(child, acceptance) for p, child in zip(acceptance, shape, strict=False))
+    return 1 + sum(
+        p * value(child, acceptance) for p, child in zip(acceptance, shape, strict=False)
+    )
 
 
 @pytest.mark.parametrize("branches", [1, 2, 3])
@@ -97,7 +99,9 @@ def test_the_walk_follows_the_choices_and_no_further() -> None:
 
 def test_guesses_that_a_draft_does_not_have_leave_their_nodes_out() -> None:
     shape = best_shape([0.5, 0.4], 7, 3)
-    tree = grow(shape, 1, lambda parents, tokens, most: [[2], []][len(tokens) - 1 :][:1] * len(tokens))
+    tree = grow(
+        shape, 1, lambda parents, tokens, most: [[2], []][len(tokens) - 1 :][:1] * len(tokens)
+    )
     assert tree.tokens == [1, 2, 2]
     assert tree.depths == [1, 2, 3]
     assert grow(shape, 1, lambda parents, tokens, most: [[]]).tokens == [1]

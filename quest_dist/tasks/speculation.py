@@ -6,20 +6,25 @@ The text is the same by construction, which every sample checks; how fast it com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quest_dist.tasks.pg19 import PG19
 from quest_dist.tasks.prompt import Language
 from quest_dist.tasks.sources import Source
-from quest_dist.tasks.task import Outcome, Sample
+from quest_dist.tasks.task import Cost, Outcome, Sample, Speed
 from quest_dist.token_tree import most_nodes
+
+if TYPE_CHECKING:
+    from quest_dist.plan import Point
 
 VERSION = 1
 """Raised when a change here changes any score."""
 DRAFTS = ("early_exit", "model", "lookup")
 MOST_NODES = 128
+#: For estimates: bytes of a number, and tokens that a node's own pages have room for.
+FLOAT32, BLOCK = 4, 32
 
 
 class Speculation(PG19):
@@ -113,6 +118,25 @@ class Speculation(PG19):
     def other_models(self) -> dict[str, Mapping[str, Any]]:
         """Return the draft's model, where it is one."""
         return {} if self.draft_model is None else {"draft_model": self.draft_model}
+
+    @staticmethod
+    def cost(points: Sequence[Point], shape: Mapping[str, Any], speed: Speed) -> Cost:
+        """Return what a sample costs if no guess is right: a plain step, a pass and the draft's
+        levels for every token."""
+        how = points[0].task.settings
+        context, new, size = (int(how[name]) for name in ("prefill", "max_new_tokens", "size"))
+        parameters, layers = int(shape["parameters"]), int(shape["layers"])
+        token = 2 * FLOAT32 * layers * int(shape["kv_heads"]) * int(shape["head_dim"])
+        drafted = 0.0
+        if how["draft"] != "lookup":
+            drafted = (int(how["depth"]) - 1) * min(1.0, int(how["exit_layers"]) / layers)
+        steps = 2 + drafted
+        seconds = 2 * parameters * context / speed.flops
+        for point in points:
+            cache = token * min(context, point.budget or context)
+            moved = steps * FLOAT32 * parameters + (steps + size) * cache
+            seconds += new * (moved / speed.bytes + 2 * parameters * size / speed.flops)
+        return Cost(seconds, FLOAT32 * parameters + token * (context + new + 2 * size * BLOCK))
 
     def sample(self, index: int, language: Language) -> Sample:
         """Return the beginning of segment `index`, to be continued."""
