@@ -227,7 +227,7 @@ class _Run:
                 "speedup": (decoded - started) / seconds,
                 "draft_share": spoken.draft_seconds / seconds,
                 "cache_ratio": (spoken.measured.read / max(sum(spoken.given), 1))
-                / (counted.read / counted.steps),
+                / max(counted.read / counted.steps, 1.0),
             },
             notes={"draft": str(sample.info["draft"])},
         )

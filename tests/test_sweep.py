@@ -35,7 +35,7 @@ POINTS = {
     "ruler": 84,
     "smoke": 10,
     "sparsity": 15,
-    "speculation": 20,
+    "speculation": 12,
     **TIMES,
 }
 

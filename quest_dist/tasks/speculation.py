@@ -50,7 +50,7 @@ class Speculation(PG19):
         prefill: int = 2048,
         max_new_tokens: int = 64,
         draft: str = "early_exit",
-        exit_layers: int = 15,
+        exit_layers: int = 24,
         draft_model: Mapping[str, Any] | None = None,
         size: int = 8,
         depth: int = 4,
