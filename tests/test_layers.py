@@ -32,6 +32,7 @@ LAYERS = (
     ("suggest", "folders", "redact", "spec", "plan", "node_types", "cluster"),
     ("_cpu", "_cuda", "backend", "metadata", "arguments", "nuq", "reference", "reference_prefill"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
+<<<<<<< HEAD
 =======
     ("suggest", "folders", "redact", "spec", "plan", "cluster"),
     ("_cpu", "_cuda", "backend", "metadata", "packing"),
@@ -42,6 +43,9 @@ LAYERS = (
 =======
     ("int4",),
 >>>>>>> 15d6d96bf588245a7bdcb60dcf091fda343230ca
+=======
+    ("token_tree",),
+>>>>>>> bb3c920b2146683e9c2bf3c2f43978e62d6af7da
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
     ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs", "artefacts"),
     ("table", "ordering", "lossless", "matched"),
@@ -72,7 +76,7 @@ LAYERS = (
         "tracker",
         "provenance",
     ),
-    ("decoders", "kernel_times", "step_times"),
+    ("decoders", "kernel_times", "step_times", "drafts", "speculation", "task_models"),
     ("worker", "prepare", "report/", "calibrate"),
     ("parts",),
     ("schedule", "work", "follow", "progress", "closing", "welcome"),

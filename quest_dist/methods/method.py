@@ -187,6 +187,11 @@ class Method(ABC):
         list (if `needs_probabilities`). M is at least the longest list; a GPU's is the slots of a
         row."""
 
+    def stateless(self) -> bool:
+        """Whether what a row attends to depends on the view and the query alone, so that rows may
+        branch, and be taken back, under fresh instances."""
+        return False
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named; the others have finished."""
         self.budgets = tuple(self.budgets[row] for row in rows)
