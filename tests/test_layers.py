@@ -28,41 +28,16 @@ DOORS = {
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
-<<<<<<< HEAD
     ("suggest", "folders", "redact", "spec", "plan", "node_types", "cluster"),
-    ("_cpu", "_cuda", "backend", "metadata", "arguments", "nuq", "reference", "reference_prefill"),
-    ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
-<<<<<<< HEAD
-=======
-    ("suggest", "folders", "redact", "spec", "plan", "cluster"),
-    ("_cpu", "_cuda", "backend", "metadata", "packing"),
+    ("_cpu", "_cuda", "backend", "metadata", "nuq", "packing"),
     ("arguments", "reference", "reference_prefill", "reference_packed"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill", "packed"),
-<<<<<<< HEAD
->>>>>>> 7a91f8dd0fced351be6558093044987ca54bcded
-=======
-    ("int4",),
->>>>>>> 15d6d96bf588245a7bdcb60dcf091fda343230ca
-=======
-    ("token_tree",),
->>>>>>> bb3c920b2146683e9c2bf3c2f43978e62d6af7da
+    ("int4", "token_tree"),
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
     ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs", "artefacts"),
     ("table", "ordering", "lossless", "matched"),
-<<<<<<< HEAD
-    ("attention", "attention_inputs", "models", "overview", "projection", "attention_sides"),
-=======
-    (
-        "attention",
-        "linear4",
-        "awq_files",
-        "artefacts",
-        "models",
-        "overview",
-        "projection",
-        "attention_sides",
-    ),
->>>>>>> 15d6d96bf588245a7bdcb60dcf091fda343230ca
+    ("linear4", "awq_files", "overview", "projection", "attention_sides"),
+    ("attention", "attention_inputs", "models"),
     ("calibrators/",),
     (
         "engine",

@@ -27,13 +27,11 @@ LENGTH, BUDGET = 75, 12
         ("oracle_page", {"gqa": "max"}, (LENGTH + 12) * VECTOR, LENGTH * TOKEN),
         ("streaming", {}, 12 * TOKEN, 12 * TOKEN),
         ("h2o", {}, 12 * (TOKEN + 2 * SCORE), 12 * (TOKEN + SCORE)),
-<<<<<<< HEAD
         # 32 channels: 3 bits of key and value, two outlier values and 0.32 keys, offset and range,
         # a count; a sink; and the bounds of 32 channels with two tables of eight.
         ("kvquant3", {}, TOKEN + 74 * 39.28 + 320, TOKEN + 74 * 39.28 + 320),
         ("kvquant3", {"outliers": 0.0, "sinks": 0}, 75 * 30 + 320, 75 * 30 + 320),
         ("kvquant2", {"outliers": 0.0, "sinks": 0}, 75 * 22 + 288, 75 * 22 + 288),
-=======
         # Of 74 tokens of prefix 6 are the window: 68 in 3 clusters, with a label a kv head each.
         ("squeezed", {}, 12 * TOKEN + 3 * VECTOR, LENGTH * TOKEN + 3 * VECTOR + 68 * 2 * 4),
         (
@@ -45,7 +43,6 @@ LENGTH, BUDGET = 75, 12
         # A state of 2 heads x 8 x (16 + 1) fp32 numbers.
         ("less_h2o", {}, 12 * (TOKEN + 2 * SCORE) + 1088, 12 * (TOKEN + SCORE) + 1088),
         ("less_window", {"rank": 4}, 12 * TOKEN + 544, 12 * TOKEN + 544),
->>>>>>> b859ba12e80a885791e304e1f20c96db668a2cc9
         ("tova", {}, 12 * (TOKEN + 2 * 4), 12 * (TOKEN + 4)),
     ],
 )

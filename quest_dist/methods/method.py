@@ -126,20 +126,11 @@ class Method(ABC):
     no part of the selection. Only a method that `selects_pages`, or everything, may leave compiled.
 
     A method that holds the cache in a form of its own sets `attends` and overrides `attend`; where
-<<<<<<< HEAD
-    that form rounds keys or values, it is not `exact`. One that reads back what a GPU has computed
-    `waits`. One that needs something made from the model beforehand names in `calibration` who
-<<<<<<< HEAD
-    makes it (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
-=======
-    makes it (quest_dist.calibrators.MODULE) and is given its file as `artefact`. One whose budget
-    cuts the prefilled context alone, and that keeps all that comes after, `cuts_once`.
->>>>>>> b859ba12e80a885791e304e1f20c96db668a2cc9
-=======
-    that form is not `exact`, attending to everything is not dense attention bit for bit. One that
-    needs something made from the model beforehand names in `calibration` who makes it
-    (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
->>>>>>> 7a91f8dd0fced351be6558093044987ca54bcded
+    that form rounds keys or values, it is not `exact`: attending to everything is not dense
+    attention bit for bit. One that reads back what a GPU has computed `waits`. One that needs
+    something made from the model beforehand names in `calibration` who makes it
+    (quest_dist.calibrators.MODULE) and is given its file as `artefact`. One whose budget cuts the
+    prefilled context alone, and that keeps all that comes after, `cuts_once`.
     """
 
     selects_pages: ClassVar[bool] = False
@@ -148,10 +139,7 @@ class Method(ABC):
     needs_prefill: ClassVar[bool] = False
     attends: ClassVar[bool] = False
     exact: ClassVar[bool] = True
-<<<<<<< HEAD
     waits: ClassVar[bool] = False
-=======
->>>>>>> 7a91f8dd0fced351be6558093044987ca54bcded
     calibration: ClassVar[str | None] = None
     cuts_once: ClassVar[bool] = False
 
