@@ -99,7 +99,8 @@ class Tokens:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+        total: int = sum(getattr(self, field.name).nbytes for field in fields(self))
+        return total
 
     def followed_by(self, later: Tokens) -> Tokens:
         """These tokens and the later ones."""
