@@ -94,13 +94,12 @@ class Tokens:
     value_exact: Tensor
 
     def __len__(self) -> int:
-        return self.key_codes.shape[0]
+        return int(self.key_codes.shape[0])
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        total: int = sum(getattr(self, field.name).nbytes for field in fields(self))
-        return total
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
 
     def followed_by(self, later: Tokens) -> Tokens:
         """These tokens and the later ones."""
