@@ -72,7 +72,7 @@ def token_bytes(kv_heads: int, head_dim: int, bits: int, share: float) -> float:
 
 def rules_bytes(channels: int, bits: int) -> int:
     """Bytes of a layer's rules: two bounds a channel and two codebooks, fp32."""
-    return 4 * (2 * channels + 2 * 2**bits)
+    return 4 * (2 * channels + (2 << bits))
 
 
 @dataclass
