@@ -8,7 +8,7 @@ respect to it (the diagonal of the Fisher information; one backward pass a seque
 
 k-means sees BINS means of neighbouring numbers instead of millions of numbers; a centroid moves by
 less than the width of a bin, 2 / BINS. The paper reads 16 x 2048 tokens of WikiText-2; this is an
-eighth of that, so that a model of 135M parameters takes about a minute on two busy cores.
+eighth of that, so that a model of 135M parameters takes half a minute on one core.
 
 Tensors, of N layers: `lower`, `upper` [N, G, D]; for b = 2, 3, 4 and x = k, v the centroids `xb`
 [N, 2^b], ascending, and `xb_qnorm`, moved so that numbers keep their mean and deviation (Q-Norm).
