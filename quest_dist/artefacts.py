@@ -197,9 +197,9 @@ def make(loaded: LoadedModel, what: Mapping[str, Any], text: str, place: Path) -
         )
     apart = len(ids) // module.SEQUENCES  # sequences are spread over the text
     starts = range(0, apart * module.SEQUENCES, apart)
-    tokens = torch.tensor([ids[start : start + module.LENGTH] for start in starts])
-    # Inference tensors could not be trained on.
+    # Gradients do not flow through what is made in inference mode, tokens among it.
     with torch.inference_mode(False):
+        tokens = torch.tensor([ids[start : start + module.LENGTH] for start in starts])
         tensors = module.make(loaded, tokens.to(loaded.device), what["settings"])
     write(tensors, what, place)
 

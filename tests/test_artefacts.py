@@ -210,7 +210,7 @@ def test_a_worker_looks_again(made: Path, loaded: LoadedModel, tmp_path: Path) -
 
 #: Runs `ready` for the model in a folder; the calibrator notes each start, and is slow.
 SCRIPT = """
-import sys, time
+import sys, time, torch
 from pathlib import Path
 from safetensors import torch as files
 import test_artefacts
@@ -235,7 +235,8 @@ def killed(tensors, name, metadata):
 kvquant.make = noted
 files.save_file = killed if dies else save
 loaded = models.load({"source": "local", "path": folder, "dtype": "float32"})
-print(artefacts.ready(loaded, test_artefacts.kv()))
+with torch.inference_mode():  # as the engine asks for it
+    print(artefacts.ready(loaded, test_artefacts.kv()))
 """
 
 
