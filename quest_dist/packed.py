@@ -20,6 +20,19 @@ from quest_dist.packing import Layout, Packed
 from quest_dist.reference import Attended
 
 
+def allocate_blocks(
+    blocks: int,
+    kv_heads: int,
+    layout: Layout,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Zeroed blocks uint8 [blocks, G, bytes] for `Packed.blocks`."""
+    made = torch.empty(blocks, kv_heads, layout.bytes, dtype=torch.uint8, device=device)
+    if not by_reference() and made.device.type == "cpu":
+        on_cpu.prefer_huge_pages(made)
+    return made.zero_()
+
+
 def pack(packed: Packed, kv: Tensor, page_table: Tensor, keys: Tensor, values: Tensor) -> None:
     """Pack the keys of tokens keys[r] to packed.keys[r], and alike values, of each row of a layer.
 

@@ -1,4 +1,4 @@
-"""Packed keys and values: the format, the codes, and attention over them on every instruction set."""
+"""Packed keys and values: the format, the codes, and attention on every instruction set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pools import Case, close, filled_pool, queries, random_lists
 from torch import Tensor
 
-from quest_dist import ops, packing, reference_packed
+from quest_dist import ops, reference_packed
 from quest_dist.packing import BITS, Layout, Packed, get_codes, put_codes, quantised, uniform
 
 RESIDUAL = 64
@@ -162,7 +162,12 @@ def case_name(case: Case) -> str:
 def test_attention_is_that_over_what_the_codes_stand_for(isa: str, case: Case, bits: int) -> None:
     pool, q, packed = filled(case, bits)
     kv = pool.kv.double()
-    for lists, unit in ((0, "pages"), (1, "pages"), (case.kv_heads, "pages"), (case.heads, "tokens")):
+    for lists, unit in (
+        (0, "pages"),
+        (1, "pages"),
+        (case.kv_heads, "pages"),
+        (case.heads, "tokens"),
+    ):
         index, count = random_lists(case, lists, unit) if lists else (None, None)
         place = (packed, pool.table, pool.lengths, index, count, unit)
         got = ops.attend_packed(q, pool.kv, *place)

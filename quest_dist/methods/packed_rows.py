@@ -116,9 +116,9 @@ class PackedRows:
         held = self._layers.get(view.layer)
         if held is None or held.shape[0] < self._made:
             packing, heads = self._packing, view.kv.shape[1]
-            size = Layout(packing.bits, packing.group, view.kv.shape[4]).bytes
+            layout = Layout(packing.bits, packing.group, view.kv.shape[4])
             room = max(self._made, 2 * held.shape[0] if held is not None else 1)
-            grown = torch.zeros(room, heads, size, dtype=torch.uint8, device=view.kv.device)
+            grown = ops.allocate_blocks(room, heads, layout, view.kv.device)
             if held is not None:
                 grown[: held.shape[0]] = held
             held = self._layers[view.layer] = grown
