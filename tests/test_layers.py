@@ -23,19 +23,20 @@ DOORS = {
     "sqlite3": ("ledger", "doctor/"),
     "jinja2": ("report/",),
     "flashinfer": ("on_flashinfer",),
+    "sklearn": ("calibrators/kvquant",),
     "rich": ("progress", "closing", "estimate", "launch", "bench/"),
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
-    ("suggest", "folders", "redact", "spec", "plan", "cluster"),
-    ("_cpu", "_cuda", "backend", "metadata", "packing"),
+    ("suggest", "folders", "redact", "spec", "plan", "node_types", "cluster"),
+    ("_cpu", "_cuda", "backend", "metadata", "packing", "nuq"),
     ("arguments", "reference", "reference_prefill", "reference_packed"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill", "packed"),
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
-    ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs"),
+    ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs", "artefacts"),
     ("table", "ordering", "lossless", "matched"),
-    ("attention", "models", "overview", "projection", "attention_sides"),
-    ("calibrators/", "artefacts"),
+    ("attention", "attention_inputs", "models", "overview", "projection", "attention_sides"),
+    ("calibrators/",),
     (
         "engine",
         "latency",
