@@ -29,6 +29,7 @@ class Kivi(Method):
     budgeted: ClassVar[bool] = False
     attends: ClassVar[bool] = True
     exact: ClassVar[bool] = False
+    waits: ClassVar[bool] = True  # which rows share pages
 
     bits: int = 4
     group: int = 32

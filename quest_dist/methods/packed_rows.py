@@ -165,20 +165,13 @@ class PackedRows:
         """Rows whose whole pages of the prefill are the same share these."""
         prefixes: dict[tuple[int, ...], _Prefix] = {}
         rows, group = [], self._packing.group
-        tables = self._page_ids(view)
+        tables: list[list[int]] = view.page_table.tolist()
         for length, table in zip(self._prefilled, tables, strict=True):
             pages = length // view.page_size
             key = (length, *table[:pages])
             prefix = prefixes.setdefault(key, _Prefix(pages * view.page_size // group))
             rows.append(_Row(prefix, [], [prefix.blocks * group] * 2))
         return rows
-
-    @staticmethod
-    def _page_ids(view: View) -> list[list[int]]:
-        if view.page_table.is_meta:  # holds no data: no row shares with another
-            return [[row] for row in range(view.page_table.shape[0])]
-        ids: list[list[int]] = view.page_table.tolist()
-        return ids
 
     def _take(self) -> int:
         if self._free:
