@@ -46,6 +46,8 @@ void warm_up(int device) {
   load_decode_scores();
   load_decode_attend();
   load_lists();
+  load_pack();
+  load_attend_packed();
 }
 
 }  // namespace cuda
