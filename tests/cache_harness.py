@@ -28,11 +28,14 @@ VARIANTS = {"quest with int8": ("quest", {"metadata": "int8"})}
 def method_spec(name: str, **settings: object) -> Spec:
     """The method of one YAML file, or a variant, with other settings where given.
 
-    An artefact that it needs and does not name is that of tiny models.
+    An artefact that it needs and does not name is that of tiny models, and tokens wait for packing
+    as briefly as they may.
     """
     if name in VARIANTS:
         name, settings = VARIANTS[name][0], {**VARIANTS[name][1], **settings}
-    spec = Spec(name, {**settings_of(name), **settings})
+    written = settings_of(name)
+    short = {"group": 16, "residual": 16} if "residual" in written else {}
+    spec = Spec(name, {**written, **short, **settings})
     made = artefact_for(spec.build()) if spec.settings.get("artefact") is None else None
     return spec if made is None else Spec(name, {**spec.settings, "artefact": made})
 
@@ -45,9 +48,10 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def asked_for(name: str, budget: int) -> dict[str, Any]:
     """What `quest_dist.patched` is told for a tiny model: the budget where the method has one."""
-    spec = method_spec(name)
+    spec, written = method_spec(name), settings_of(name)
     told = {"method": name, "budget": budget if spec.budgeted else None}
-    return told | ({"artefact": spec.settings["artefact"]} if spec.settings.get("artefact") else {})
+    changed = {key: value for key, value in spec.settings.items() if value != written.get(key)}
+    return told | changed
 
 
 def is_exact(name: str) -> bool:
