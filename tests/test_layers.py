@@ -27,7 +27,7 @@ DOORS = {
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
-    ("suggest", "folders", "redact", "spec", "plan", "cluster"),
+    ("suggest", "folders", "redact", "spec", "plan", "node_types", "cluster"),
     ("_cpu", "_cuda", "backend", "metadata", "arguments", "reference", "reference_prefill"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill"),
     ("token_tree",),
