@@ -269,8 +269,7 @@ def _check_methods(points: Sequence[Point], tasks: Mapping[str, Task], resources
             built[name].check_backend(
                 device, point.model.identity.get("dtype"), shape.get("head_dim")
             )
-            if point.budget is not None:
-                built[name].check_budget(point.budget, point.page_size)
+            built[name].check_layers(point.budget, point.page_size)
             tasks[point.task.name].check_method(built[name])
         except ValueError as error:
             raise ValueError(f"method {name}: {error}") from error

@@ -21,8 +21,11 @@ from quest_dist.pool import Geometry
 
 CONF = Path(__file__).parent.parent / "conf" / "method"
 METHODS = sorted(file.stem for file in CONF.glob("*.yaml"))
-# Settings that are held to the universal properties too, as methods of their own.
-VARIANTS = {"quest with int8": ("quest", {"metadata": "int8"})}
+# Sizes that fit streams of a few dozen tokens.
+SMALL: dict[str, dict[str, object]] = {
+    "snapkv": {"window": 4, "kernel": 3},
+    "pyramidkv": {"window": 4, "kernel": 3},
+}
 
 
 def method_spec(name: str, **settings: object) -> Spec:
@@ -35,7 +38,7 @@ def method_spec(name: str, **settings: object) -> Spec:
         name, settings = VARIANTS[name][0], {**VARIANTS[name][1], **settings}
     written = settings_of(name)
     short = {"group": 16, "residual": 16} if "residual" in written else {}
-    spec = Spec(name, {**written, **short, **settings})
+    spec = Spec(name, {**written, **short, **SMALL.get(name, {}), **settings})
     made = artefact_for(spec.build()) if spec.settings.get("artefact") is None else None
     return spec if made is None else Spec(name, {**spec.settings, "artefact": made})
 
@@ -60,7 +63,22 @@ def is_exact(name: str) -> bool:
     return method.exact
 
 
+# Settings that are held to the universal properties too, as methods of their own.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {}
+VARIANTS["quest with int8"] = ("quest", {"metadata": "int8"})
+PYRAMIDS = {
+    f"{name} in a pyramid": (name, {"layer_budgets": "pyramid"})
+    for name in METHODS
+    if method_spec(name).budgeted and method_spec(name).build().layer_budgets == "uniform"
+}
+VARIANTS.update(PYRAMIDS)
 BUDGETED = [name for name in METHODS if settings_of(name).get("budgeted", True)] + [*VARIANTS]
+
+
+def stream_for(name: str, tokens: int, **options: object) -> Stream:
+    """A random stream, of some layers for methods whose layers differ."""
+    pyramid = method_spec(name).build().layer_budgets == "pyramid"
+    return Stream.random(tokens, **{"layers": 3 if pyramid else 1, **options})
 
 
 def no_rotation(q: Tensor, distance: Tensor) -> Tensor:
@@ -105,9 +123,10 @@ class Stream:
 
 @dataclass
 class Step:
-    """What one group attended to in one layer of one decode step."""
+    """What one group attended to in one layer of one decode step, with which budgets."""
 
     layer: int
+    budgets: tuple[int, ...]
     selection: Selection
     view: View
     attended: ops.Attended
@@ -175,8 +194,11 @@ def record(method: Method) -> list[Step]:
 
     def recording(view: View, q: Tensor) -> Selection:
         selection = select(view, q)
-        attended = view.attend(q, selection, probabilities=True)
-        steps.append(Step(view.layer, selection, view, attended, q.clone()))
+        if method.skips_heads:  # which no list can say to the op
+            attended = method.attend(view, q, selection)
+        else:
+            attended = view.attend(q, selection, probabilities=True)
+        steps.append(Step(view.layer, method.budgets, selection, view, attended, q.clone()))
         return selection
 
     method.select = recording  # type: ignore[method-assign]

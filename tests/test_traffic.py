@@ -9,6 +9,7 @@ from quest_dist.methods.traffic import CacheShape
 
 SHAPE = CacheShape(kv_heads=2, head_dim=16, element_bytes=4, page_size=4)
 TOKEN, VECTOR, SCORE = 2 * 2 * 16 * 4, 2 * 16 * 4, 2 * 4  # bytes: of both heads; a score a head
+PACKED = 2 * 2 * (16 * 4 / 8 + 2 * 4)
 LENGTH, BUDGET = 75, 12
 
 
@@ -44,6 +45,12 @@ LENGTH, BUDGET = 75, 12
         ("less_h2o", {}, 12 * (TOKEN + 2 * SCORE) + 1088, 12 * (TOKEN + SCORE) + 1088),
         ("less_window", {"rank": 4}, 12 * TOKEN + 544, 12 * TOKEN + 544),
         ("tova", {}, 12 * (TOKEN + 2 * 4), 12 * (TOKEN + 4)),
+        ("snapkv", {}, 12 * TOKEN, 12 * TOKEN),
+        # Four bits, a scale and a min a vector; its sum of attention and how well it rounds.
+        ("qhitter", {}, 12 * (PACKED + 3 * SCORE), 12 * (PACKED + 2 * SCORE)),
+        ("qhitter", {"attention_weight": 1}, 12 * (PACKED + 2 * SCORE), 12 * (PACKED + SCORE)),
+        ("dejavu", {}, LENGTH * TOKEN, LENGTH * TOKEN),
+        ("dejavu", {"heads": "predicted"}, 12 * TOKEN, LENGTH * TOKEN),
     ],
 )
 def test_a_layer_moves_and_holds_what_its_formula_says(
