@@ -138,7 +138,8 @@ class Method(ABC):
     Properties that not every method has: `exact` (what it lists, it attends to exactly, so that a
     budget that covers the length is dense), `cuts_once` (its budget is what it keeps of the context
     that was prefilled; it keeps all that comes after), `skips_heads` (query heads may attend to
-    nothing, and output zero: what it attends to is a mean over heads).
+    nothing, and output zero: what it attends to is a mean over heads), `waits` (it reads back what
+    a GPU has computed).
     """
 
     selects_pages: ClassVar[bool] = False
@@ -146,8 +147,9 @@ class Method(ABC):
     needs_probabilities: ClassVar[bool] = False
     needs_prefill: ClassVar[bool] = False
     attends: ClassVar[bool] = False
-    calibration: ClassVar[str | None] = None
     exact: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
+    calibration: ClassVar[str | None] = None
     cuts_once: ClassVar[bool] = False
     skips_heads: ClassVar[bool] = False
 
@@ -186,6 +188,11 @@ class Method(ABC):
         """Look at the probabilities fp32 [R, H, M] in the order of the selection, zero beyond a
         list (if `needs_probabilities`). M is at least the longest list; a GPU's is the slots of a
         row."""
+
+    def stateless(self) -> bool:
+        """Whether what a row attends to depends on the view and the query alone, so that rows may
+        branch, and be taken back, under fresh instances."""
+        return False
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named; the others have finished."""

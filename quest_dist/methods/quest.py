@@ -141,6 +141,10 @@ class Quest(Method):
         index, count = ops.select_top(scores, pages, most, force_last=forced)
         return Selection(index, count, "pages")
 
+    def stateless(self) -> bool:
+        """Exact metadata lies in the pages; int8's is kept here, a row's own."""
+        return self.metadata == "exact" and not self.attends
+
     def page_rule(self) -> PageRule | None:
         """The normative variant with exact metadata is one; eval_compat lets the current page
         compete, and ops.decode reads no int8."""

@@ -82,6 +82,10 @@ class Streaming(Method):
         index = index.masked_fill(slots >= counts[:, None], -1)
         return Selection(index[:, None].contiguous(), counts[:, None].contiguous(), "tokens")
 
+    def stateless(self) -> bool:
+        """Nothing is kept between steps."""
+        return True
+
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """The budget, or all tokens while they are fewer."""
         tokens = min(length, budget)
