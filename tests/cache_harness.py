@@ -66,12 +66,18 @@ def is_exact(name: str) -> bool:
 # Settings that are held to the universal properties too, as methods of their own.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {}
 VARIANTS["quest with int8"] = ("quest", {"metadata": "int8"})
-PYRAMIDS = {
-    f"{name} in a pyramid": (name, {"layer_budgets": "pyramid"})
-    for name in METHODS
-    if method_spec(name).budgeted and method_spec(name).build().layer_budgets == "uniform"
-}
-VARIANTS.update(PYRAMIDS)
+VARIANTS["dejavu by predictors"] = ("dejavu", {"heads": "predicted"})
+
+
+def can_be_a_pyramid(name: str) -> bool:
+    """Whether a schedule may give its layers budgets of their own, and none does."""
+    method: Method = Spec(name, settings_of(name)).build()
+    free = method.budgeted and not method.own_schedule
+    return free and method.layer_budgets == "uniform"
+
+
+for _name in filter(can_be_a_pyramid, METHODS):
+    VARIANTS[f"{_name} in a pyramid"] = (_name, {"layer_budgets": "pyramid"})
 BUDGETED = [name for name in METHODS if settings_of(name).get("budgeted", True)] + [*VARIANTS]
 
 
