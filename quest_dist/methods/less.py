@@ -81,6 +81,11 @@ class Less(H2O):
                 f" {self.sinks + 1} tokens"
             )
 
+    def reserved(self, page_size: int) -> int:
+        """As H2O, or a window's sinks and the new token."""
+        least = super().reserved(page_size)
+        return max(least, self.sinks + 1) if self._windowed else least
+
     def select(self, view: View, q: Tensor) -> Selection:
         """What the policy holds, and the new token."""
         self._view = view
