@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +67,21 @@ def is_exact(name: str) -> bool:
 # Settings that are held to the universal properties too, as methods of their own.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {}
 VARIANTS["quest with int8"] = ("quest", {"metadata": "int8"})
+
+
+def takes_schedules(name: str) -> bool:
+    """Whether a method's budget may be shared out among layers by a schedule."""
+    pyramid = method_spec(name, layer_budgets="pyramid").build()
+    with contextlib.suppress(ValueError):
+        pyramid.check_layers(64, 4)
+        return method_spec(name).budgeted
+    return False
+
+
 PYRAMIDS = {
     f"{name} in a pyramid": (name, {"layer_budgets": "pyramid"})
     for name in METHODS
-    if method_spec(name).budgeted and method_spec(name).build().layer_budgets == "uniform"
+    if takes_schedules(name) and method_spec(name).build().layer_budgets == "uniform"
 }
 VARIANTS.update(PYRAMIDS)
 BUDGETED = [name for name in METHODS if settings_of(name).get("budgeted", True)] + [*VARIANTS]
