@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,23 +66,18 @@ def is_exact(name: str) -> bool:
 # Settings that are held to the universal properties too, as methods of their own.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {}
 VARIANTS["quest with int8"] = ("quest", {"metadata": "int8"})
+VARIANTS["dejavu by predictors"] = ("dejavu", {"heads": "predicted"})
 
 
-def takes_schedules(name: str) -> bool:
-    """Whether a method's budget may be shared out among layers by a schedule."""
-    pyramid = method_spec(name, layer_budgets="pyramid").build()
-    with contextlib.suppress(ValueError):
-        pyramid.check_layers(64, 4)
-        return method_spec(name).budgeted
-    return False
+def can_be_a_pyramid(name: str) -> bool:
+    """Whether a schedule may give its layers budgets of their own, and none does."""
+    method: Method = Spec(name, settings_of(name)).build()
+    free = method.budgeted and not method.own_schedule
+    return free and method.layer_budgets == "uniform"
 
 
-PYRAMIDS = {
-    f"{name} in a pyramid": (name, {"layer_budgets": "pyramid"})
-    for name in METHODS
-    if takes_schedules(name) and method_spec(name).build().layer_budgets == "uniform"
-}
-VARIANTS.update(PYRAMIDS)
+for _name in filter(can_be_a_pyramid, METHODS):
+    VARIANTS[f"{_name} in a pyramid"] = (_name, {"layer_budgets": "pyramid"})
 BUDGETED = [name for name in METHODS if settings_of(name).get("budgeted", True)] + [*VARIANTS]
 
 

@@ -135,8 +135,8 @@ def test_without_its_artefact_a_predictor_says_how_to_make_one() -> None:
 def test_a_network_learns_norms_that_follow_from_queries() -> None:
     draw = torch.Generator().manual_seed(3)
     mixing = torch.randn(24, 6, generator=draw)
-    queries = [torch.randn(1200, 24, generator=draw) for _ in range(4)]
-    norms = [(x @ mixing / 5).relu().add(0.1) for x in queries]
+    queries = [torch.randn(1200, 6, 4, generator=draw) for _ in range(4)]
+    norms = [(features(x) @ mixing / 5).relu().add(0.1) for x in queries]
     made = calibrator._trained(queries, norms, seed=0)
     assert made["recall"].shape == made["static"].shape == (6,)
     assert float(made["recall"][-1]) == float(made["static"][-1]) == 1.0
@@ -180,6 +180,6 @@ def test_predictors_are_made_from_a_model_and_see_what_it_will_show_them(
         loaded.model(ids[:, 95:], past_key_values=cache)
     watched = calibrator._watch(loaded, ids)
     # Below the first layer hidden states differ: heads have been skipped.
-    assert torch.allclose(seen[0][0], watched.queries[0][0][-1], atol=1e-4)
+    assert torch.allclose(seen[0][0], features(watched.queries[0][0])[-1], atol=1e-4)
     assert len(seen) == 4
     assert torch.equal(features(torch.ones(2, 3, 4)), torch.ones(2, 12))

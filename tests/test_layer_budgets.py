@@ -12,6 +12,7 @@ from quest_dist.methods.full import Full
 from quest_dist.methods.layer_budgets import least, pyramid
 from quest_dist.methods.quest import Quest
 from quest_dist.methods.snapkv import SnapKV
+from quest_dist.methods.squeezed import Squeezed
 from quest_dist.methods.streaming import Streaming
 from quest_dist.methods.traffic import CacheShape
 from quest_dist.prepare import prepare
@@ -109,6 +110,7 @@ class Wide(Streaming):
         (Quest(pyramid_beta=0.5), 64, r"pyramid_beta=0\.5: choose a number of at least 1"),
         (Quest(pyramid_beta="steep"), 64, "pyramid_beta='steep': choose a number"),
         (Full(layer_budgets="pyramid"), None, "pyramid: there is no budget to share out"),
+        (Squeezed(layer_budgets="pyramid"), 64, "pyramid: its layers share one budget by them"),
         (Quest(layer_budgets="pyramid"), 0, "budget=0: a query attends to at least 1"),
         (
             Wide(layer_budgets="pyramid"),

@@ -33,7 +33,7 @@ LENGTH = 1024
 #: Tokens at the start of a sequence that have too little before them to be like a decode step.
 SKIPPED = 64
 HIDDEN = 64
-EPOCHS = 8
+STEPS = 150
 BATCH = 512
 RATE = 4e-3
 SMALLEST = 1e-6  # a norm that a logarithm can bear
@@ -55,7 +55,7 @@ class _Watched:
         out = ops.prefill_attend(q, k, v, scale)
         positions = torch.arange(q.shape[2], device=q.device)
         back = self._rotate(q[0].transpose(0, 1), -positions)
-        self.queries.setdefault(layer, []).append(features(back)[SKIPPED:])
+        self.queries.setdefault(layer, []).append(back[SKIPPED:])
         self.norms.setdefault(layer, []).append(out[0, SKIPPED:].float().norm(dim=-1))
         return out
 
@@ -85,7 +85,8 @@ def _watch(loaded: LoadedModel, tokens: Tensor) -> _Watched:
 
 def _trained(queries: Sequence[Tensor], norms: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
     """A layer's predictor, and what it finds in the last sequence."""
-    x, y = torch.cat(tuple(queries[:-1])), torch.cat(tuple(norms[:-1])).clamp(min=SMALLEST).log()
+    x = features(torch.cat(tuple(queries[:-1])))
+    y = torch.cat(tuple(norms[:-1])).clamp(min=SMALLEST).log()
     draw = torch.Generator().manual_seed(seed)
     inputs, heads = x.shape[1], y.shape[1]
     weights = {
@@ -99,22 +100,19 @@ def _trained(queries: Sequence[Tensor], norms: Sequence[Tensor], seed: int) -> d
         "norm_scale": (y - y.mean(0)).std().clamp(min=SMALLEST)[None],
     }
     learnt = [weights[name].requires_grad_() for name in ("w1", "b1", "w2", "b2")]
-    steps = EPOCHS * -(-len(x) // BATCH)
     adam = torch.optim.Adam(learnt, lr=RATE)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    for _ in range(EPOCHS):
-        order = torch.randperm(len(x), generator=draw).to(x.device)
-        for start in range(0, len(x), BATCH):
-            part = order[start : start + BATCH]
-            found = predicted_norms(x[part], {k: w[None] for k, w in weights.items()}, 0)
-            loss = (found - y[part]).square().mean() / weights["norm_scale"].square()
-            adam.zero_grad()
-            loss.sum().backward()
-            adam.step()
-            decay.step()
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS)
+    for _ in range(STEPS):
+        part = torch.randint(len(x), (BATCH,), generator=draw).to(x.device)
+        found = predicted_norms(x[part], {k: w[None] for k, w in weights.items()}, 0)
+        loss = (found - y[part]).square().mean() / weights["norm_scale"].square()
+        adam.zero_grad()
+        loss.sum().backward()
+        adam.step()
+        decay.step()
     weights = {name: weight.detach() for name, weight in weights.items()}
     with torch.no_grad():
-        found = predicted_norms(queries[-1], {k: w[None] for k, w in weights.items()}, 0)
+        found = predicted_norms(features(queries[-1]), {k: w[None] for k, w in weights.items()}, 0)
         same = weights["norm_mean"].expand_as(found)
         recalls = {"recall": _recall(found, norms[-1]), "static": _recall(same, norms[-1])}
     return weights | recalls

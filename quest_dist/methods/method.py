@@ -139,7 +139,7 @@ class Method(ABC):
     budget that covers the length is dense), `cuts_once` (its budget is what it keeps of the context
     that was prefilled; it keeps all that comes after), `skips_heads` (query heads may attend to
     nothing, and output zero: what it attends to is a mean over heads), `waits` (it reads back what
-    a GPU has computed).
+    a GPU has computed), `own_schedule` (its layers take what they need of a budget by themselves).
     """
 
     selects_pages: ClassVar[bool] = False
@@ -152,6 +152,7 @@ class Method(ABC):
     calibration: ClassVar[str | None] = None
     cuts_once: ClassVar[bool] = False
     skips_heads: ClassVar[bool] = False
+    own_schedule: ClassVar[bool] = False
 
     backend: ops.Through = field(default="compiled", kw_only=True)
     artefact: str | None = field(default=None, kw_only=True)
@@ -271,11 +272,11 @@ class Method(ABC):
             self.check_budget(budget, page_size)
         if self.layer_budgets == "uniform":
             return
-        if budget is None or not self.budgeted:
-            raise ValueError(
-                f"layer_budgets={self.layer_budgets}: there is no budget to share out; choose"
-                " uniform"
-            )
+        why = "its layers share one budget by themselves" if self.own_schedule else ""
+        why = why if self.budgeted and budget is not None else "there is no budget to share out"
+        if why:
+            raise ValueError(f"layer_budgets={self.layer_budgets}: {why}; choose uniform")
+        assert budget is not None
         least = schedules.least(budget, **self._slope(page_size))
         try:
             self.check_budget(least, page_size)

@@ -44,6 +44,7 @@ class Squeezed(Method):
     null for one level (paper: 0.01 above 0.05); `window` last tokens of the prefix always kept.
     """
 
+    own_schedule: ClassVar[bool] = True
     needs_prefill: ClassVar[bool] = True
     waits: ClassVar[bool] = True
     cuts_once: ClassVar[bool] = True
@@ -79,15 +80,6 @@ class Squeezed(Method):
         super().check_budget(budget, page_size)
         if budget < 2:
             raise ValueError(f"budget={budget}: squeezed needs at least 2 tokens (window and new)")
-
-    def check_layers(self, budget: int | None, page_size: int) -> None:
-        """Raise ValueError for a schedule: one threshold shares the budget out among layers."""
-        super().check_layers(budget, page_size)
-        if self.layer_budgets != "uniform":
-            raise ValueError(
-                f"layer_budgets={self.layer_budgets}: squeezed shares its budget out among layers by"
-                " one threshold; choose uniform"
-            )
 
     def observe_prefill(self, layer: int, row: int, q: Tensor, k: Tensor, scale: float) -> None:
         """Keep the last queries and all keys of the prefix; what is prefilled later is no part of
