@@ -22,7 +22,10 @@ from quest_dist.pool import Geometry
 CONF = Path(__file__).parent.parent / "conf" / "method"
 METHODS = sorted(file.stem for file in CONF.glob("*.yaml"))
 # Settings that are held to the universal properties too, as methods of their own.
-VARIANTS = {"quest with int8": ("quest", {"metadata": "int8"})}
+VARIANTS = {
+    "quest with int8": ("quest", {"metadata": "int8"}),
+    "squeezed in two levels": ("squeezed", {"clusters": 0.2, "coarse_clusters": 0.1}),
+}
 
 
 def method_spec(name: str, **settings: object) -> Spec:
