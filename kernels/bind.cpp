@@ -102,6 +102,33 @@ void decode(const quest::Pages& pages, const quest::Strided& q, const quest::Str
   quest::cpu::decode(pages, token, heads, result, threads);
 }
 
+quest::Packed make_packed(Address data, Address table, Address keys, Address values, Address levels,
+                          int64_t blocks, int64_t row_blocks, int64_t bits, int64_t group) {
+  return {at<uint8_t>(data),
+          at<const int32_t>(table),
+          at<const int32_t>(keys),
+          at<const int32_t>(values),
+          at<const float>(levels),
+          blocks,
+          row_blocks,
+          bits,
+          group};
+}
+
+void pack(const quest::Pages& pages, const quest::Packed& packed, Address keys, Address values,
+          int threads) {
+  quest::cpu::pack(pages, packed, at<const int32_t>(keys), at<const int32_t>(values), threads);
+}
+
+void attend_packed(const quest::Pages& pages, const quest::Packed& packed, Address q, int64_t heads,
+                   Address lengths, const quest::Selection& selection, float scale, Address out,
+                   Address attended, Address read, Address lse, int threads) {
+  const quest::Attended result{
+      at<void>(out), at<int32_t>(attended), at<int32_t>(read), at<float>(lse), nullptr, 0};
+  quest::cpu::attend_packed(pages, packed, at<const void>(q), heads, at<const int32_t>(lengths),
+                            selection, scale, result, threads);
+}
+
 void token_scores(const quest::Pages& pages, Address q, int64_t heads, Address lengths, float scale,
                   Address out, int64_t width, int threads) {
   quest::cpu::token_scores(pages, at<const void>(q), heads, at<const int32_t>(lengths), scale,
@@ -119,6 +146,22 @@ void prefill_attend(const quest::Strided& q, const quest::Strided& k, const ques
                              at<void>(out), at<void>(workspace), threads);
 }
 
+quest::Int4 make_int4(Address data, int64_t outputs, int64_t inputs, int64_t group) {
+  return {at<const uint8_t>(data), outputs, inputs, group};
+}
+
+void linear4(const quest::Int4& weights, Address x, int dtype, int64_t rows, Address out,
+             int threads) {
+  quest::cpu::linear4(weights, at<const void>(x), static_cast<quest::DType>(dtype), rows,
+                      at<void>(out), threads);
+}
+
+void widen4(const quest::Int4& weights, int64_t first, int64_t count, int dtype, Address out,
+            int threads) {
+  quest::cpu::widen4(weights, first, count, static_cast<quest::DType>(dtype), at<void>(out),
+                     threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -128,7 +171,11 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<quest::ByteMeta>(m, "ByteMeta").def(py::init(&make_bytes));
   py::class_<quest::Selection>(m, "Selection").def(py::init(&make_selection));
   py::class_<quest::Angles>(m, "Angles").def(py::init(&make_angles));
+  py::class_<quest::Int4>(m, "Int4").def(py::init(&make_int4));
+  py::class_<quest::Packed>(m, "Packed").def(py::init(&make_packed));
   m.def("append", &append, no_gil);
+  m.def("pack", &pack, no_gil);
+  m.def("attend_packed", &attend_packed, no_gil);
   m.def("page_scores", &page_scores, no_gil);
   m.def("select_top", &select_top, no_gil);
   m.def("listed_tokens", &listed_tokens, no_gil);
@@ -140,6 +187,8 @@ PYBIND11_MODULE(_cpu, m) {
         [](Address data, int64_t bytes) { quest::cpu::prefer_huge_pages(at<void>(data), bytes); });
   m.def("prefill_attend", &prefill_attend, no_gil);
   m.def("prefill_workspace", &quest::cpu::prefill_workspace);
+  m.def("linear4", &linear4, no_gil);
+  m.def("widen4", &widen4, no_gil);
   m.def("has_prefill", &quest::cpu::has_prefill);
   m.def("isa", &quest::cpu::isa);
   m.def("isas", &quest::cpu::isas);

@@ -28,6 +28,24 @@ struct ByteMeta {
   const float *scale, *offset;  // [R, G, 2, D]
 };
 
+// Keys and values in codes of few bits: leading tokens of each row, in blocks of `group` tokens.
+// What a block holds stands in quest_dist/packing.py.
+struct Packed {
+  uint8_t* data;                 // [blocks, G, bytes of a block]
+  const int32_t* table;          // [R, row_blocks]
+  const int32_t *keys, *values;  // [R]: tokens whose keys (a multiple of group), values are packed
+  const float* levels;           // [2, 2^bits]: what codes of keys, of values, stand for
+  int64_t blocks, row_blocks, bits, group;
+};
+
+// Offsets in a block, in bytes; see packed_layout.h.
+struct PackedLayout {
+  int bits;
+  int64_t dim, group, width;  // width: channels of a group of values
+  int64_t vectors, high_plane, tile_bytes;
+  int64_t value_scales, value_minima, key_codes, value_codes, bytes;
+};
+
 struct Strided {  // [R, G, n, D] whose last dimension is contiguous; strides in elements
   const void* data;
   int64_t row, head, token;
@@ -71,6 +89,23 @@ struct Token {
   float scale;
 };
 
+// A linear layer's weights in 4 bits: output o and input i weigh (code - zero) * scale, the latter
+// two of o and the group of `group` inputs that i is in (the last group may be smaller). Tiles of
+// kTileOutputs outputs follow one another, the last filled up with zeros; a tile is its groups, and
+// a group a head and lines, of kLine bytes each:
+//   head: fp16 scale[16], uint8 zero[16], 16 bytes of nothing;
+//   line, for each 8 inputs: uint32 word[16], one an output; bits 16 p + 4 n hold input 2 n + p.
+// Hence a line's 16-bit halves shifted by 4 n are the pairs of inputs that a bf16 dot product takes.
+struct Int4 {
+  const uint8_t* data;
+  int64_t outputs, inputs, group;  // inputs and group are multiples of 8
+};
+constexpr int64_t kTileOutputs = 16, kLine = 64, kLineInputs = 8;
+
+inline int64_t tile_bytes(const Int4& w) {
+  return kLine * (w.inputs / kLineInputs + (w.inputs + w.group - 1) / w.group);
+}
+
 namespace cpu {
 
 void append(const Pages& pages, const Strided& k, const Strided& v, const int32_t* starts,
@@ -108,6 +143,16 @@ void prefer_huge_pages(void* data, int64_t bytes);
 // k and v [R, G, length, D], contiguous.
 void gather(const Pages& pages, int64_t length, void* k, void* v, int threads);
 
+// Packs tokens [keys[r], packed.keys[r]) and [values[r], packed.values[r]) of every row. Rows may
+// share blocks, but only one may write into a block in a call.
+void pack(const Pages& pages, const Packed& packed, const int32_t* keys, const int32_t* values,
+          int threads);
+
+// attend over packed tokens where they are packed, over the pool's where they are not.
+void attend_packed(const Pages& pages, const Packed& packed, const void* q, int64_t heads,
+                   const int32_t* lengths, const Selection& selection, float scale,
+                   const Attended& result, int threads);
+
 // Causal attention of the last n of L positions, bf16, D in {64, 128}. q [R, H, n, D] and
 // k, v [R, G, L, D] strided; out [R, n, H, D] contiguous; workspace of prefill_workspace bytes.
 bool has_prefill();
@@ -115,6 +160,13 @@ int64_t prefill_workspace(int64_t rows, int64_t kv_heads, int64_t length, int64_
 void prefill_attend(const Strided& q, const Strided& k, const Strided& v, int64_t rows,
                     int64_t heads, int64_t kv_heads, int64_t queries, int64_t length, int64_t dim,
                     float scale, void* out, void* workspace, int threads);
+
+// out [rows, outputs] = x [rows, inputs] times the weights, both of dtype. Weights are taken as they
+// are, never rounded to dtype; a row's bits depend neither on the other rows nor on the threads.
+void linear4(const Int4& weights, const void* x, DType dtype, int64_t rows, void* out, int threads);
+
+// out [count, inputs]: the weights of outputs from `first` on, rounded to dtype.
+void widen4(const Int4& weights, int64_t first, int64_t count, DType dtype, void* out, int threads);
 
 // The instruction set in use, all those this machine supports (best first, comma separated), and
 // the choice of one.

@@ -24,6 +24,38 @@ class Strided:
 class Selection:
     def __init__(self, index: int, count: int, lists: int, width: int, unit: int) -> None: ...
 
+class Int4:
+    def __init__(self, data: int, outputs: int, inputs: int, group: int) -> None: ...
+
+class Packed:
+    def __init__(
+        self,
+        data: int,
+        table: int,
+        keys: int,
+        values: int,
+        levels: int,
+        blocks: int,
+        row_blocks: int,
+        bits: int,
+        group: int,
+    ) -> None: ...
+
+def pack(pages: Pages, packed: Packed, keys: int, values: int, threads: int) -> None: ...
+def attend_packed(
+    pages: Pages,
+    packed: Packed,
+    q: int,
+    heads: int,
+    lengths: int,
+    selection: Selection,
+    scale: float,
+    out: int,
+    attended: int,
+    read: int,
+    lse: int,
+    threads: int,
+) -> None: ...
 def append(
     pages: Pages, k: Strided, v: Strided, starts: int, tokens: int, threads: int
 ) -> None: ...
@@ -98,6 +130,12 @@ def prefill_attend(
 ) -> None: ...
 def prefill_workspace(rows: int, kv_heads: int, length: int, dim: int) -> int: ...
 def has_prefill() -> bool: ...
+def linear4(
+    weights: Int4, x: int, dtype: int, rows: int, out: int, threads: int
+) -> None: ...
+def widen4(
+    weights: Int4, first: int, count: int, dtype: int, out: int, threads: int
+) -> None: ...
 def isa() -> str: ...
 def isas() -> str: ...
 def set_isa(name: str) -> None: ...

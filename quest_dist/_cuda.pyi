@@ -27,8 +27,25 @@ class Strided:
 class Angles:
     def __init__(self, cos: int, sin: int, cos_row: int, sin_row: int, wide: bool) -> None: ...
 
+class Packed:
+    def __init__(
+        self,
+        data: int,
+        table: int,
+        keys: int,
+        values: int,
+        levels: int,
+        blocks: int,
+        row_blocks: int,
+        bits: int,
+        group: int,
+    ) -> None: ...
+
 class Selection:
     def __init__(self, index: int, count: int, lists: int, width: int, unit: int) -> None: ...
+
+class Int4:
+    def __init__(self, data: int, outputs: int, inputs: int, group: int) -> None: ...
 
 def append(
     launch: Launch, pages: Pages, k: Strided, v: Strided, starts: int, tokens: int
@@ -56,6 +73,23 @@ def select_top(
     index: int,
     width: int,
     count: int,
+) -> None: ...
+def pack(launch: Launch, pages: Pages, packed: Packed, keys: int, values: int) -> None: ...
+def attend_packed(
+    launch: Launch,
+    pages: Pages,
+    packed: Packed,
+    q: int,
+    heads: int,
+    lengths: int,
+    selection: Selection,
+    scale: float,
+    out: int,
+    attended: int,
+    read: int,
+    lse: int,
+    counters: int,
+    workspace: int,
 ) -> None: ...
 def attend_workspace_bytes(rows: int, heads: int, dim: int) -> int: ...
 def attend(
@@ -110,6 +144,12 @@ def token_scores(
     width: int,
 ) -> None: ...
 def gather(launch: Launch, pages: Pages, length: int, k: int, v: int) -> None: ...
+def linear4(
+    launch: Launch, weights: Int4, x: int, dtype: int, rows: int, out: int
+) -> None: ...
+def widen4(
+    launch: Launch, weights: Int4, first: int, count: int, dtype: int, out: int
+) -> None: ...
 def device_count() -> int: ...
 def capture_id(stream: int) -> int: ...
 def warm_up(device: int) -> None: ...

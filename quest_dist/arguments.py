@@ -17,6 +17,7 @@ import torch
 
 from quest_dist.backend import by_reference, compiled_cuda
 from quest_dist.metadata import Int8Metadata
+from quest_dist.packing import Packed
 
 # What the compiled ops take, and their number for it; the reference takes any floating dtype.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -157,6 +158,18 @@ class Arguments:
         table = page_table.data_ptr()
         return native.Pages(kv.data_ptr(), address, table, DTYPES[kv.dtype], *sizes)
 
+    def lists(self, index: torch.Tensor | None, count: torch.Tensor | None) -> None:
+        """Lists of pages or tokens and their lengths, one for a row, a kv head or a query head."""
+        self.together(index=index, count=count)
+        if index is None:
+            return
+        self.of_dtype("index", index, "R Hs K")
+        self.of_dtype("count", count, "R Hs")
+        many = (1, self["G"], self["H"])
+        if self["Hs"] not in many:
+            choices = f"1, G={many[1]} or H={many[2]}"
+            raise self.refuse("index", f"of {self['Hs']} lists a row", choices)
+
     def selection(
         self,
         native: ModuleType,
@@ -168,6 +181,12 @@ class Arguments:
         if index is None or count is None:
             return native.Selection(0, 0, 1, 0, kind)
         return native.Selection(index.data_ptr(), count.data_ptr(), self["Hs"], self["K"], kind)
+
+    def packed(self, native: ModuleType, packed: Packed) -> object:
+        """Packed blocks that were checked, for the compiled ops of a device."""
+        tensors = (packed.blocks, packed.table, packed.keys, packed.values, packed.levels)
+        sizes = (packed.blocks.shape[0], packed.table.shape[1], packed.bits, packed.group)
+        return native.Packed(*(one.data_ptr() for one in tensors), *sizes)
 
     def choice(self, name: str, value: Any, choices: Sequence[str]) -> int:
         """The position of a word among those allowed."""

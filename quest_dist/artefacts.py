@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from quest_dist.models import LoadedModel
 
 #: What of a model's identity says whose weights they are.
-WEIGHTS = ("source", "weights", "recipe", "repo", "revision")
+WEIGHTS = ("source", "weights", "recipe", "repo", "revision", "weight_format", "scales")
 HEADER = "quest_dist"
 #: Modules of the standard library whose docstrings are the text; characters of it that are kept.
 TEXT_CHARACTERS = 1 << 20
@@ -140,9 +140,14 @@ def header_of(path: Path) -> dict[str, Any]:
     return dict(header)
 
 
-@functools.lru_cache(maxsize=8)
 def read(path: str) -> dict[str, Tensor]:
-    """The tensors of an artefact, on the CPU; kept while they are among the last few in use."""
+    """The tensors of an artefact, on the CPU; kept while they are among the last few in use and
+    the file is the same."""
+    return _read(path, Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: str, written: int) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return dict(load_file(path))
@@ -158,6 +163,12 @@ def ready(loaded: LoadedModel, spec: Spec) -> str | None:
     if (named := spec.settings.get("artefact")) is not None:
         check(Path(named), kind, settings, loaded.identity)
         return str(named)
+    return made(loaded, kind, settings)
+
+
+def made(loaded: LoadedModel, kind: str, settings: Mapping[str, Any]) -> str:
+    """The artefact of a kind and settings for this model in the user's cache, made now where it is
+    absent."""
     text = bundled_text()
     what = recipe(kind, settings, loaded.identity, text_digest(text))
     place = cache_root() / "artefacts" / f"{kind}-{digest(what)}.safetensors"
@@ -186,9 +197,9 @@ def make(loaded: LoadedModel, what: Mapping[str, Any], text: str, place: Path) -
         )
     apart = len(ids) // module.SEQUENCES  # sequences are spread over the text
     starts = range(0, apart * module.SEQUENCES, apart)
-    tokens = torch.tensor([ids[start : start + module.LENGTH] for start in starts])
-    # Inference tensors could not be trained on.
+    # Gradients do not flow through what is made in inference mode, tokens among it.
     with torch.inference_mode(False):
+        tokens = torch.tensor([ids[start : start + module.LENGTH] for start in starts])
         tensors = module.make(loaded, tokens.to(loaded.device), what["settings"])
     write(tensors, what, place)
 

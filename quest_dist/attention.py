@@ -303,10 +303,10 @@ def patched(
     if probe.budgeted:
         if budget is None:
             raise ValueError(f"method={method!r} needs a budget in tokens, such as budget=1024")
-        probe.check_budget(budget, page_size)
     elif budget is not None:
         raise ValueError(f"budget={budget}: method {method!r} has no budget")
     artefacts.check_named(spec)
+    probe.check_layers(budget, page_size)
     probe.check_backend(model.device.type, str(model.dtype), geometry_of(model).head_dim)
 
     def fresh_groups(rows: int) -> list[Group]:

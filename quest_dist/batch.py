@@ -14,53 +14,20 @@ Invariant: a row's result depends on its own tokens and method only, never on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from quest_dist import ops
-from quest_dist.methods.method import EVERYTHING, Method, Selection, View
+from quest_dist.group import Group, Measured
+from quest_dist.methods.method import EVERYTHING, Selection, View
 from quest_dist.methods.traffic import CacheShape
 from quest_dist.pool import Geometry, Pool, Rows
 
+__all__ = ["Batch", "Group", "Measured", "Rotate", "new_batch"]
+
 Rotate = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Group:
-    """Rows of one method: an instance, a budget a row, and the layers in which it is active.
-
-    The first `dense_layers` stay dense, and where `dense_from` is a layer, all from that one on.
-    """
-
-    method: Method
-    budgets: list[int]
-    dense_layers: int
-    dense_from: int | None = None
-
-    def active(self, layer: int) -> bool:
-        """Whether the method selects in this layer."""
-        return self.dense_layers <= layer and (self.dense_from is None or layer < self.dense_from)
-
-
-@dataclass
-class Measured:
-    """What one row's decode steps attended to, summed over steps; means over layers and heads.
-
-    `attended`: tokens per query head; `read`: tokens per kv head (the union over its group);
-    `planned_low`, `planned_high`: what the method promised. Layers in which the row's group is not
-    active do not count. `bytes_moved`, `bytes_held`: of the whole cache, all layers together.
-    """
-
-    steps: int = 0
-    attended: float = 0.0
-    read: float = 0.0
-    planned_low: float = 0.0
-    planned_high: float = 0.0
-    bytes_moved: float = 0.0
-    bytes_held: float = 0.0
 
 
 class Batch:
@@ -109,7 +76,8 @@ class Batch:
         batch = Batch(self.rows.fork(0, count), groups, self.rotate)
         length = self.rows.lengths_list[0]
         for group in batch.groups:
-            group.method.begin(group.budgets, [length] * len(group.budgets))
+            lengths = [length] * len(group.budgets)
+            group.begin(lengths, self.pool.geometry, self.pool.page_size, one_prefix=True)
         return batch
 
     def write(self, layer: int, k: Tensor, v: Tensor, padding: Sequence[int] | None) -> None:
@@ -164,6 +132,7 @@ class Batch:
         for group, (first, last) in zip(self.groups, self._spans, strict=True):
             if group.active(layer):
                 method = group.method
+                group.enter(layer)
                 view = self._view(layer, first, last, scale, method.backend)
                 selection = method.select(view, q[first:last])
                 self.watch(first, view, q[first:last], selection)
@@ -219,31 +188,42 @@ class Batch:
         before = [length - 1 for length in self.rows.lengths_list]
         for group, (first, last) in zip(self.groups, self._spans, strict=True):
             if not group.method.budgets:
-                group.method.begin(group.budgets, before[first:last])
+                size = self.pool.page_size
+                group.begin(before[first:last], self.pool.geometry, size, one_prefix=False)
         self._decode_steps += 1
         self._step_lengths = tuple(self.rows.lengths_list)
-        size = self.pool.page_size
-        row = 0
-        for group in self.groups:
-            for budget in group.budgets:
-                low, high = group.method.planned(
-                    self._step_lengths[row], budget, size, self.measured[row].steps
-                )
-                self.measured[row].steps += 1
-                self.measured[row].planned_low += low
-                self.measured[row].planned_high += high
-                row += 1
+        for group, (first, last) in zip(self.groups, self._spans, strict=True):
+            for row in range(first, last):
+                self._plan(group, row, row - first)
         self._weigh_held()
+
+    def _plan(self, group: Group, row: int, place: int) -> None:
+        """Count a step of a row, and what its method promises of it."""
+        measured, size = self.measured[row], self.pool.page_size
+        shares = group.layers_of(place) or {group.budgets[place]: [0]}
+        layers = sum(map(len, shares.values()))
+        least = most = 0
+        for budget, mine in shares.items():
+            low, high = group.method.planned(self._step_lengths[row], budget, size, measured.steps)
+            least, most = least + low * len(mine), most + high * len(mine)
+        measured.planned_low += least / layers
+        measured.planned_high += most / layers
+        measured.steps += 1
 
     def _weigh_held(self) -> None:
         shape = self.cache_shape
         for group, (first, last) in zip(self.groups, self._spans, strict=True):
-            active = self._active_layers(group)
             for row in range(first, last):
-                length, budget = self._step_lengths[row], group.budgets[row - first]
-                dense = (self.pool.geometry.layers - active) * length * shape.token_bytes
-                held = group.method.bytes_held(shape, length, budget)
-                self.measured[row].bytes_held += dense + active * held
+                length, shares = self._step_lengths[row], group.layers_of(row - first)
+                held = self._dense_bytes(length, shares)
+                for budget, mine in shares.items():
+                    held += len(mine) * group.method.bytes_held(shape, length, budget)
+                self.measured[row].bytes_held += held
+
+    def _dense_bytes(self, length: int, shares: Mapping[int, Sequence[int]]) -> float:
+        """Of the layers that are not shared out."""
+        dense = self.pool.geometry.layers - sum(map(len, shares.values()))
+        return dense * length * self.cache_shape.token_bytes
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -251,20 +231,19 @@ class Batch:
         shape = self.pool.geometry
         return CacheShape(shape.kv_heads, shape.head_dim, shape.dtype.itemsize, self.pool.page_size)
 
-    def _active_layers(self, group: Group) -> int:
-        return sum(map(group.active, range(self.pool.geometry.layers)))
-
-    def _weigh_moved(self, reads: Sequence[float]) -> None:
-        """Add the bytes of a step in which the rows read so many tokens a kv head, on average
-        over their active layers."""
+    def _weigh_moved(self, reads: Mapping[int, Sequence[Sequence[int]]]) -> None:
+        """Add the bytes of a step in which the rows of the group that begins at a row read so many
+        tokens, by active layer and row, over all kv heads."""
         shape = self.cache_shape
         for group, (first, last) in zip(self.groups, self._spans, strict=True):
-            active = self._active_layers(group)
             for row in range(first, last):
-                length, budget = self._step_lengths[row], group.budgets[row - first]
-                dense = (self.pool.geometry.layers - active) * length * shape.token_bytes
-                moved = group.method.bytes_moved(shape, length, budget, reads[row])
-                self.measured[row].bytes_moved += dense + active * moved
+                length, shares = self._step_lengths[row], group.layers_of(row - first)
+                moved = self._dense_bytes(length, shares)
+                for budget, mine in shares.items():
+                    tokens = sum(reads[first][layer][row - first] for layer in mine)
+                    mean = tokens / (len(mine) * shape.kv_heads)
+                    moved += len(mine) * group.method.bytes_moved(shape, length, budget, mean)
+                self.measured[row].bytes_moved += moved
 
     def count(self) -> None:
         """Add what the last step attended to `measured`. Call once a step, after the forward
@@ -273,16 +252,17 @@ class Batch:
         for first, *counted in self._counts:
             totals.setdefault(first, []).append((counted[0], counted[1]))
         self._counts.clear()
-        reads = [0.0] * len(self.rows)
+        reads: dict[int, list[list[int]]] = {}
         for first, layers in totals.items():
             for place, name in enumerate(("attended", "read")):
                 counts = torch.stack([layer[place] for layer in layers])
-                means = (counts.sum((0, 2)).double() / (len(layers) * counts.shape[2])).tolist()
-                for row, mean in enumerate(means, first):
+                by_layer = counts.sum(2).tolist()
+                for row, found in enumerate(zip(*by_layer, strict=True), first):
+                    mean = sum(found) / (len(layers) * counts.shape[2])
                     measured = self.measured[row]
                     setattr(measured, name, getattr(measured, name) + mean)
-                    if name == "read":
-                        reads[row] = mean
+                if name == "read":
+                    reads[first] = by_layer
         if self._weighed < self._decode_steps:
             self._weighed = self._decode_steps
             self._weigh_moved(reads)
@@ -295,8 +275,7 @@ class Batch:
             mine = [row - first for row in rows if first <= row < last]
             if mine:
                 if len(mine) < last - first:
-                    group.method.keep(mine)
-                    group.budgets = [group.budgets[row] for row in mine]
+                    group.keep(mine)
                 groups.append(group)
         self.groups = groups
         self.rows.keep(rows)

@@ -16,7 +16,7 @@ from quest_dist.report.verdicts import Line
 from quest_dist.table import Panel, Row, pivot
 
 #: Decimals of a score, where they are not one.
-DIGITS = {"perplexity": 2, "nll_increase": 5}
+DIGITS = {"perplexity": 2, "nll_increase": 5, "tokens_per_pass": 2}
 
 
 def console() -> Console:

@@ -16,7 +16,7 @@ from quest_dist.batch import Group
 from quest_dist.latency import Decoder
 from quest_dist.pool import Geometry, Pool, Rows
 from quest_dist.shapes import PAGE_SIZE, SHAPES, Point, Shape
-from quest_dist.tasks.textgen import check_shape
+from quest_dist.tasks.textgen import PACKED_BYTES, check_shape
 
 BLOCK = 2048  # tokens of the random block that fills a cache
 
@@ -33,9 +33,10 @@ class Model:
     vocabulary: int
     theta: float = 10000.0
     tied: bool = False
+    weight_bits: int = 16
 
     @classmethod
-    def of(cls, label: str, shape: Mapping[str, Any]) -> Model:
+    def of(cls, label: str, shape: Mapping[str, Any], weight_bits: int = 16) -> Model:
         """The sizes that a model's `shape` states; ValueError naming what it lacks."""
         check_shape(shape)
         heads, kv_heads, head_dim = (int(shape[n]) for n in ("heads", "kv_heads", "head_dim"))
@@ -47,6 +48,7 @@ class Model:
             vocabulary=int(shape["vocab"]),
             theta=float(shape["rope_theta"]),
             tied=bool(shape["tied"]),
+            weight_bits=weight_bits,
         )
 
     def sizes(self, tokens: int) -> dict[str, Any]:
@@ -65,11 +67,23 @@ class Model:
         }
 
     @property
+    def projected(self) -> int:
+        """Weights of the projections of all layers, which may have 4 bits."""
+        heads = 2 * (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
+        return self.layers * self.hidden * (heads + 3 * self.intermediate)
+
+    @property
     def read_parameters(self) -> int:
         """Weights that a step reads: all but the embeddings, of which it looks one row up."""
-        heads = 2 * (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
-        layer = self.hidden * (heads + 3 * self.intermediate + 2)
-        return self.layers * layer + self.hidden * (self.vocabulary + 1)
+        norms = self.hidden * (2 * self.layers + 1)
+        return self.projected + norms + self.hidden * self.vocabulary
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Of the weights that a step reads."""
+        if self.weight_bits == 16:
+            return self.read_parameters * dtype.itemsize
+        full = (self.read_parameters - self.projected) * dtype.itemsize
+        return full + round(self.projected * PACKED_BYTES)
 
     @property
     def parameters(self) -> int:
@@ -84,7 +98,7 @@ class Model:
     def dense_bytes(self, context: int, dtype: torch.dtype) -> int:
         """What a dense step must read."""
         everything = Point(self.shape, context).dense_bytes(dtype)
-        return self.read_parameters * dtype.itemsize + self.layers * everything
+        return self.weight_bytes(dtype) + self.layers * everything
 
     def quest_bytes(
         self,

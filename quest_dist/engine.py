@@ -173,15 +173,27 @@ def forward(
     loaded: LoadedModel, cache: PagedCache, tokens: Sequence[Sequence[int]], position: int
 ) -> Tensor:
     """Logits of the last token of each row, fp32 [R, vocabulary]."""
+    return read(loaded, cache, tokens, [position] * len(tokens))[:, -1]
+
+
+def read(
+    loaded: LoadedModel,
+    cache: PagedCache,
+    tokens: Sequence[Sequence[int]],
+    positions: Sequence[int],
+    keep: int = 1,
+) -> Tensor:
+    """Logits of the last `keep` tokens of each row, fp32 [R, keep, vocabulary]; `positions` are
+    those of the rows' first tokens."""
     ids = torch.tensor(tokens, device=loaded.device)
-    positions = torch.arange(position, position + ids.shape[1], device=loaded.device)[None]
+    starts = torch.tensor(positions, device=loaded.device)
     out = loaded.model(
         input_ids=ids,
-        position_ids=positions.expand(ids.shape[0], -1),
+        position_ids=starts[:, None] + torch.arange(ids.shape[1], device=loaded.device),
         past_key_values=cache,
-        logits_to_keep=1,
+        logits_to_keep=keep,
     )
-    logits: Tensor = out.logits[:, -1]
+    logits: Tensor = out.logits
     return logits.float()
 
 

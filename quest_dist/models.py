@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quest_dist import bundled, weights
+from quest_dist import artefacts, bundled, weights
+from quest_dist.spec import digest
 from quest_dist.suggest import did_you_mean
 from quest_dist.tasks.prompt import CHAT_CHOICES, Language, chat_format
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 SOURCES = ("bundled", "hub", "local")
 DTYPES = ("bfloat16", "float32", "float16")
+#: How a decoder's linear layers are held: as stored, in `dtype`; in 4 bits, rounded to the nearest
+#: or after activation-aware scaling; as an AWQ checkpoint stores them in 4 bits.
+WEIGHT_FORMATS = ("full", "rtn4", "awq4", "stored4")
+AWQ = {"group": 128}
 KEYS = {
     "source": "bundled",
     "repo": None,
@@ -36,6 +41,7 @@ KEYS = {
     "eos": None,
     "max_length": None,
     "max_prompt": None,
+    "weight_format": "full",
 }
 """The settings of a model and their defaults; `label` and `shape` are for people and planning."""
 
@@ -63,6 +69,7 @@ class UnloadedModel:
     dtype: torch.dtype
     language: Language
     device: torch.device
+    weight_bits: int = 16
 
 
 def _read(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +78,11 @@ def _read(settings: Mapping[str, Any]) -> dict[str, Any]:
         if key not in KEYS and key not in ("label", "shape", "about"):
             raise ValueError(f"model.{key}: no such setting; {did_you_mean(key, KEYS)}")
     read = {key: settings.get(key, default) for key, default in KEYS.items()}
-    for key, choices in (("source", SOURCES), ("dtype", DTYPES)):
+    for key, choices in (
+        ("source", SOURCES),
+        ("dtype", DTYPES),
+        ("weight_format", WEIGHT_FORMATS),
+    ):
         if read[key] not in choices:
             raise ValueError(f"model.{key}={read[key]!r}: {did_you_mean(read[key], choices)}")
     if not isinstance(read["chat"], Mapping) and read["chat"] not in CHAT_CHOICES:
@@ -92,6 +103,11 @@ def _read(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("model.repo is empty; a hub model needs owner/name")
     if read["source"] == "local" and not read["path"]:
         raise ValueError("model.path is empty; a local model needs its folder")
+    if read["source"] == "bundled" and read["weight_format"] == "stored4":
+        raise ValueError(
+            "model.weight_format='stored4': the bundled model is stored in full; choose full, rtn4"
+            " or awq4"
+        )
     return read
 
 
@@ -117,7 +133,18 @@ def check(settings: Mapping[str, Any], device: str = "cpu") -> None:
     if read["source"] == "bundled":
         bundled.weights()
     elif read["source"] == "local":
-        _local(read["path"])
+        _check_format(_local(read["path"]), read["weight_format"])
+
+
+def _check_format(folder: Path, chosen: str) -> None:
+    """Raise ValueError where a folder's weights are not stored as `weight_format` says."""
+    from quest_dist import awq_files
+
+    said, where = awq_files.stored(folder), f"model.weight_format={chosen!r}, {str(folder)!r}"
+    if chosen == "stored4":
+        awq_files.group_of(said, where)
+    elif said is not None:
+        raise ValueError(f"{where}: its weights are quantised already; choose stored4")
 
 
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +158,12 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     if read["eos"] is not None:
         kept["eos"] = sorted(set(read["eos"]))
+    if read["weight_format"] != "full":
+        kept["weight_format"] = read["weight_format"]
+    if read["weight_format"] == "awq4":
+        full = identity({**settings, "weight_format": "full"})
+        text = artefacts.text_digest(artefacts.bundled_text())
+        kept["scales"] = digest(artefacts.recipe("awq", AWQ, full, text))
     if read["source"] == "bundled":
         return {**kept, "weights": bundled.content(), "recipe": bundled.RECIPE}
     if read["source"] == "hub":
@@ -146,7 +179,8 @@ def shape_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     read = _read(settings)
     if not settings.get("shape"):
         raise ValueError("model.shape is not set: without it there is nothing to time")
-    return {"sizes": dict(settings["shape"]), "dtype": read["dtype"]}
+    bits = {} if read["weight_format"] == "full" else {"weight_bits": 4}
+    return {"sizes": dict(settings["shape"]), "dtype": read["dtype"], **bits}
 
 
 def unloaded(settings: Mapping[str, Any], device: str = "cpu") -> UnloadedModel:
@@ -158,13 +192,15 @@ def unloaded(settings: Mapping[str, Any], device: str = "cpu") -> UnloadedModel:
 
     from quest_dist.arguments import check_device
 
-    shape, dtype = shape_identity(settings).values()
+    found = shape_identity(settings)
+    shape, dtype = found["sizes"], found["dtype"]
     placed = place(device)
     check_device(f"model.dtype={dtype}", placed, getattr(torch, dtype))
     limit = settings.get("max_length") or int(shape["max_length"])
     language = Language(None, head="", foot="", max_length=limit, eos_ids=frozenset())
     label = str(settings.get("label", "model"))
-    return UnloadedModel(label, shape, getattr(torch, dtype), language, placed)
+    bits = int(found.get("weight_bits", 16))
+    return UnloadedModel(label, shape, getattr(torch, dtype), language, placed, bits)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -197,6 +233,7 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
     import transformers
     from safetensors import SafetensorError
 
+    from quest_dist import linear4
     from quest_dist.arguments import check_device
 
     read = _read(settings)
@@ -209,8 +246,8 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
     else:
         where, extra = read["repo"], {"revision": read["revision"]}
         weights.check_repository(read["repo"], read["revision"])
-    placed = place(device)
-    check_device(f"model.dtype={read['dtype']}", placed, getattr(torch, read["dtype"]))
+    placed, dtype = place(device), getattr(torch, read["dtype"])
+    check_device(f"model.dtype={read['dtype']}", placed, dtype)
     # Bars of a hundred weights say nothing in a worker, and cover the sweep's own.
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
@@ -218,31 +255,69 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             where, trust_remote_code=False, **extra
         )
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=getattr(torch, read["dtype"]),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **extra,
-        )
+        model: Any
+        if read["weight_format"] == "stored4":
+            model = _stored4(read, where, extra, dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra
+            )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model {read['repo'] or where}: cannot be loaded ({reason})") from error
+    if read["weight_format"] == "rtn4":
+        linear4.round_to_nearest(model)
     model = model.to(placed).eval().requires_grad_(False)
     spoken = language(read, tokenizer, model)
+    if read["weight_format"] == "awq4":
+        full = identity({**settings, "weight_format": "full"})
+        made = artefacts.made(LoadedModel(model, tokenizer, spoken, placed, full), "awq", AWQ)
+        artefacts.calibrator("awq").apply(model, artefacts.read(made))
     return LoadedModel(model, tokenizer, spoken, placed, identity(settings))
 
 
-def random(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A Llama with seeded random weights; `sizes` are fields of transformers' LlamaConfig."""
+def _stored4(
+    read: Mapping[str, Any], where: str | Path, extra: Mapping[str, Any], dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model with the 4-bit weights of a local or downloaded AWQ checkpoint, on the CPU."""
+    import huggingface_hub
     import torch
     import transformers
+
+    from quest_dist import awq_files
+
+    if read["source"] == "hub":
+        wanted = ["*.json", "*.safetensors"]
+        where = huggingface_hub.snapshot_download(str(where), allow_patterns=wanted, **extra)
+    folder = Path(where)
+    group = awq_files.group_of(awq_files.stored(folder), "model.weight_format='stored4'")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    del config.quantization_config
+    auto: Any = transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=dtype)
+    awq_files.fill(model, folder, group, dtype)
+    made: PreTrainedModel = model
+    return made
+
+
+def random(
+    sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device, weight_bits: int = 16
+) -> PreTrainedModel:
+    """A Llama with seeded random weights, rounded to the nearest if they are to have 4 bits;
+    `sizes` are fields of transformers' LlamaConfig."""
+    import torch
+    import transformers
+
+    from quest_dist import linear4
 
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForCausalLM
     with device:
         config = transformers.LlamaConfig(**sizes)
         model = auto.from_config(config, dtype=dtype)
+    if weight_bits == 4:
+        linear4.round_to_nearest(model)
     made: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return made
 

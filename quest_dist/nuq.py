@@ -58,8 +58,8 @@ def nearest(x: Tensor, codebook: Codebook) -> Tensor:
 
 def packed(codes: Tensor, bits: int) -> Tensor:
     """Codes [..., n] as uint8 [..., packed_bytes(n, bits)]."""
-    groups = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % GROUP)).long()
-    groups = groups.unflatten(-1, (-1, GROUP))
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % GROUP)).long()
+    groups = padded.reshape(*codes.shape[:-1], -1, GROUP)
     places = torch.arange(GROUP, device=codes.device)
     words = (groups << bits * places).sum(-1, keepdim=True)
     return (words >> 8 * places[:bits] & 255).to(torch.uint8).flatten(-2)
@@ -68,7 +68,8 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 def unpacked(rows: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes of packed rows uint8 [..., B], int32 [..., count]."""
     places = torch.arange(GROUP, device=rows.device)
-    words = (rows.unflatten(-1, (-1, bits)).long() << 8 * places[:bits]).sum(-1, keepdim=True)
+    groups = rows.reshape(*rows.shape[:-1], -1, bits).long()
+    words = (groups << 8 * places[:bits]).sum(-1, keepdim=True)
     codes = words >> bits * places & (1 << bits) - 1
     return codes.flatten(-2)[..., :count].int()
 
@@ -77,7 +78,7 @@ def looked_up(rows: Tensor, codebook: Codebook, count: int) -> Tensor:
     """What the first `count` codes of packed rows uint8 [..., B] stand for, fp32 [..., count]."""
     stretches = rows.int()
     if codebook.bits == 3:
-        first, second, third = stretches.unflatten(-1, (-1, 3)).unbind(-1)
+        first, second, third = stretches.reshape(*rows.shape[:-1], -1, 3).unbind(-1)
         stretches = torch.stack([first | (second & 15) << 8, second >> 4 | third << 4], -1)
         stretches = stretches.flatten(-2)
     numbers = torch.nn.functional.embedding(stretches, codebook.table)

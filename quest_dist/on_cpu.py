@@ -11,6 +11,7 @@ from torch import Tensor
 from quest_dist.arguments import Arguments, one_token, strided
 from quest_dist.backend import compiled, threads
 from quest_dist.metadata import Int8Metadata
+from quest_dist.packing import Packed
 from quest_dist.reference import Attended
 
 
@@ -168,6 +169,53 @@ def decode(
         0 if keep is None else keep.data_ptr(),
         radius_scale,
         kind,
+        scale,
+        result.out.data_ptr(),
+        result.attended.data_ptr(),
+        result.read.data_ptr(),
+        result.lse.data_ptr(),
+        threads(),
+    )
+    return result
+
+
+def pack(
+    a: Arguments, packed: Packed, kv: Tensor, page_table: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """ops.pack."""
+    native = compiled()
+    pages, held = a.pages(native, kv, page_table), a.packed(native, packed)
+    native.pack(pages, held, keys.data_ptr(), values.data_ptr(), threads())
+
+
+def attend_packed(
+    a: Arguments,
+    q: Tensor,
+    kv: Tensor,
+    packed: Packed,
+    page_table: Tensor,
+    lengths: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    kind: int,
+    scale: float,
+) -> Attended:
+    """ops.attend_packed; `kind` counts in ops.UNITS."""
+    native, rows, heads = compiled(), a["R"], a["H"]
+    result = Attended(
+        out=torch.empty_like(q),
+        attended=torch.empty(rows, heads, dtype=torch.int32),
+        read=torch.empty(rows, a["G"], dtype=torch.int32),
+        probabilities=None,
+        lse=torch.empty(rows, heads, dtype=torch.float32),
+    )
+    native.attend_packed(
+        a.pages(native, kv, page_table),
+        a.packed(native, packed),
+        q.data_ptr(),
+        heads,
+        lengths.data_ptr(),
+        a.selection(native, index, count, kind),
         scale,
         result.out.data_ptr(),
         result.attended.data_ptr(),

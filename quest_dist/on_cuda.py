@@ -10,14 +10,20 @@ token scores and probabilities by the slots of a row. What is beyond the values 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from quest_dist.arguments import WORD, Arguments, one_token, strided
+from quest_dist.arguments import DTYPES, WORD, Arguments, one_token, strided
 from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
 from quest_dist.metadata import Int8Metadata
+from quest_dist.packing import Packed
 from quest_dist.reference import Attended
+
+if TYPE_CHECKING:
+    from quest_dist.int4 import Int4
 
 #: (device, stream, whether it is for a graph) -> the capture and its counters.
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
@@ -33,6 +39,22 @@ def append(
     from_k, from_v = strided(native, k), strided(native, v)
     native.append(_launch(kv), pages, from_k, from_v, starts.data_ptr(), a["n"])
     check(a, page_table=page_table, starts=starts)
+
+
+def linear4(native: Any, x: Tensor, outputs: int) -> Tensor:
+    """int4.linear of few rows x [R, inputs]; `native` are the packed weights."""
+    x = _in_words(x)
+    out = torch.empty(x.shape[0], outputs, dtype=x.dtype, device=x.device)
+    rows, kind = x.shape[0], DTYPES[x.dtype]
+    compiled_cuda().linear4(_launch(x), native, x.data_ptr(), kind, rows, out.data_ptr())
+    return out
+
+
+def widen4(native: Any, weight: Int4, dtype: torch.dtype, first: int, count: int) -> Tensor:
+    """int4.widened; `native` are the packed weights."""
+    out = torch.empty(count, weight.inputs, dtype=dtype, device=weight.data.device)
+    compiled_cuda().widen4(_launch(out), native, first, count, DTYPES[dtype], out.data_ptr())
+    return out
 
 
 def page_scores(
@@ -206,6 +228,75 @@ def decode(
     named = {"page_table": page_table, "lengths": lengths}
     check(a, None, **named if keep is None else {**named, "keep": keep})
     return result
+
+
+def pack(
+    a: Arguments, packed: Packed, kv: Tensor, page_table: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """ops.pack."""
+    native = compiled_cuda()
+    pages, held = a.pages(native, kv, page_table), a.packed(native, packed)
+    native.pack(_launch(kv), pages, held, keys.data_ptr(), values.data_ptr())
+    check(a, page_table=page_table, **_named(packed))
+
+
+def attend_packed(
+    a: Arguments,
+    q: Tensor,
+    kv: Tensor,
+    packed: Packed,
+    page_table: Tensor,
+    lengths: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    kind: int,
+    scale: float,
+) -> Attended:
+    """ops.attend_packed; `kind` counts in ops.UNITS."""
+    native, rows, heads, device = compiled_cuda(), a["R"], a["H"], kv.device
+    q = _in_words(q)
+    result = Attended(
+        out=torch.empty_like(q),
+        attended=torch.empty(rows, heads, dtype=torch.int32, device=device),
+        read=torch.empty(rows, a["G"], dtype=torch.int32, device=device),
+        probabilities=None,
+        lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
+    )
+    size = native.attend_workspace_bytes(rows, heads, a["D"])
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    counters = _zero_counters(device, rows * heads)
+    launch, pages = _launch(kv), a.pages(native, kv, page_table)
+    selection = a.selection(native, index, count, kind)
+    native.attend_packed(
+        launch,
+        pages,
+        a.packed(native, packed),
+        q.data_ptr(),
+        heads,
+        lengths.data_ptr(),
+        selection,
+        scale,
+        result.out.data_ptr(),
+        result.attended.data_ptr(),
+        result.read.data_ptr(),
+        result.lse.data_ptr(),
+        counters.data_ptr(),
+        workspace.data_ptr(),
+    )
+    named = {} if index is None or count is None else {"index": index, "count": count}
+    look = (
+        None
+        if index is None
+        else lambda: native.check_lists(launch, pages, lengths.data_ptr(), selection)
+    )
+    check(a, look, page_table=page_table, lengths=lengths, **named, **_named(packed))
+    return result
+
+
+def _named(packed: Packed) -> dict[str, Tensor]:
+    """What a fault of packed tokens names."""
+    names = ("table", "keys", "values")
+    return {f"packed.{name}": getattr(packed, name) for name in names}
 
 
 def token_scores(

@@ -37,6 +37,7 @@ from quest_dist.backend import (
     threads,
 )
 from quest_dist.metadata import Int8Metadata
+from quest_dist.packed import allocate_blocks, attend_packed, pack
 from quest_dist.prefill import column_sums, prefill_attend
 from quest_dist.reference import Attended
 
@@ -49,15 +50,18 @@ __all__ = [
     "Reduce",
     "Through",
     "Unit",
+    "allocate_blocks",
     "allocate_pages",
     "append",
     "attend",
+    "attend_packed",
     "backend",
     "column_sums",
     "decode",
     "gather",
     "isa",
     "isas",
+    "pack",
     "page_scores",
     "prefill_attend",
     "select_top",
@@ -194,12 +198,7 @@ def attend(
     q = a.floats("q", q, "R H D", contiguous=False).contiguous()
     a.multiple("H", "G", "query heads share kv heads evenly")
     kind = a.choice("unit", unit, UNITS)
-    a.together(index=index, count=count)
-    if index is not None:
-        a.of_dtype("index", index, "R Hs K")
-        a.of_dtype("count", count, "R Hs")
-        if a["Hs"] not in (1, a["G"], a["H"]):
-            raise a.refuse("index", f"of {a['Hs']} lists a row", f"1, G={a['G']} or H={a['H']}")
+    a.lists(index, count)
     if (rolled_query is None) != (rolled == 0) or rolled < 0:
         raise a.refuse(
             "rolled", str(rolled), "a positive number exactly when rolled_query is given"

@@ -208,8 +208,12 @@ class Rows:
 
     def append_row(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
         """Write the newest tokens of one row: k, v [1, G, n, D]."""
-        starts = self.lengths[row : row + 1] - k.shape[2]
-        table = self.page_table[row : row + 1]
+        self.append_rows(layer, slice(row, row + 1), k, v)
+
+    def append_rows(self, layer: int, rows: slice, k: Tensor, v: Tensor) -> None:
+        """Write the newest tokens of some neighbouring rows: k, v [r, G, n, D]."""
+        starts = self.lengths[rows] - k.shape[2]
+        table = self.page_table[rows]
         ops.append(self.pool.kv[layer], self.pool.meta[layer], table, k, v, starts)
 
     def gather(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
@@ -220,8 +224,13 @@ class Rows:
     def fork(self, row: int, count: int) -> Rows:
         """`count` rows that start as copies of `row`, sharing its pages. The original keeps its own
         hold."""
+        return self.copies([row] * count)
+
+    def copies(self, rows: Sequence[int]) -> Rows:
+        """Rows that start as copies of those named, in this order and as often, sharing their
+        pages. The originals keep their own hold."""
         forked = Rows(self.pool, 0)
-        for _ in range(count):
+        for row in rows:
             for page in self._pages[row]:
                 self.pool.share(page)
             forked._pages.append(list(self._pages[row]))

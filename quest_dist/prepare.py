@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quest_dist import artefacts, cluster, figures, matched, models, plan, redact
+from quest_dist import artefacts, cluster, figures, matched, models, plan, redact, task_models
 from quest_dist.cluster import Cluster
 from quest_dist.plan import Point, Spec
 from quest_dist.search import Search
@@ -93,9 +93,13 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
         specs["model"][name] = _identified(specs["model"][name])
     protocol = protocol_of(config["protocol"])
     tasks, data = _tasks(config, specs["task"], protocol)
+    for name, task in tasks.items():
+        named = specs["task"][name]
+        specs["task"][name] = task_models.identified(named, task, cluster.device_of(resources))
     points = plan.points(grid, config["exclude"], specs, data, protocol)
     points = _timed_by_shape(_with_artefacts(points), tasks)
     _check_lengths(points, tasks)
+    task_models.check(points, tasks)
     _check_methods(points, tasks, resources)
     metrics = {p.key: tasks[p.task.name].metric for p in points}
     if search.delta is not None:
@@ -265,8 +269,7 @@ def _check_methods(points: Sequence[Point], tasks: Mapping[str, Task], resources
             built[name].check_backend(
                 device, point.model.identity.get("dtype"), shape.get("head_dim")
             )
-            if point.budget is not None:
-                built[name].check_budget(point.budget, point.page_size)
+            built[name].check_layers(point.budget, point.page_size)
             tasks[point.task.name].check_method(built[name])
         except ValueError as error:
             raise ValueError(f"method {name}: {error}") from error

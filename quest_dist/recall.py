@@ -97,7 +97,8 @@ class Shadow(Batch):
         super().__init__(prefix.rows.fork(0, 1), [Group(Full(), [0], 0)], prefix.rotate)
         shown = Mirror(self.rows, sum(len(group.budgets) for group in groups))
         for group in groups:
-            group.method.begin(group.budgets, shown.lengths_list[: len(group.budgets)])
+            lengths = shown.lengths_list[: len(group.budgets)]
+            group.begin(lengths, self.pool.geometry, self.pool.page_size, one_prefix=True)
         self.asked = Asked(shown, groups, self, tops)
 
     def write(self, layer: int, k: Tensor, v: Tensor, padding: Sequence[int] | None) -> None:

@@ -42,6 +42,7 @@ FEWEST_DIFFERENT = 5
 # Metrics whose samples lie in 0..100.
 POINTS = frozenset({"f1", "rouge_l", "accuracy", "recall", "attention", "string_match_all"})
 TIMES = frozenset({"attention_us", "step_ms"})
+RATES = frozenset({"tokens_per_pass"})  # higher is better, without a largest value
 FEWEST_FOR_CLAIM = 5  # pairs below which nothing is called lossless, whatever their spread
 DELTA = 2.0  # what is called lossless: points of a score, percent of a perplexity
 LOWER_IS_BETTER = frozenset({"perplexity", "nll_increase", *TIMES})

@@ -46,7 +46,7 @@ FULL = "full"
 #: Positions of the models made here: more than any context timed.
 POSITIONS = 1 << 20
 
-_weights: dict[int, PreTrainedModel] = {}
+_weights: dict[tuple[int, int], PreTrainedModel] = {}
 
 
 def steps_needed(steps: int, warm_up: int) -> int:
@@ -63,7 +63,8 @@ def evaluate(
     Raises ValueError for a model whose shape lacks what a whole step needs.
     """
     started = time.perf_counter()
-    place, model = place_of(loaded.device), Model.of(loaded.label, loaded.shape)
+    bits = sample.info.get("weight_bits") or loaded.weight_bits
+    place, model = place_of(loaded.device), Model.of(loaded.label, loaded.shape, bits)
     context, page_size = len(sample.context), points[0].page_size
     steps = int(sample.info["steps"])
     warm_up = timing.warm_up(sample.info["warm_up"], loaded.device.type)
@@ -88,7 +89,7 @@ def evaluate(
     facts, notes = machine_state.between(before, machine_state.read(place.gpu))
     share = (time.perf_counter() - filled_at) / len(points)
     how = contract(place, context, steps, warm_up, moved[FULL], "a sample each")
-    notes = {**stated(place, loaded), **how, **notes}
+    notes = {**stated(place, loaded, bits), **how, **notes}
     return [
         Evaluated(
             outcome=Outcome("", facts=measured(times, name) | facts, notes=notes),
@@ -111,10 +112,12 @@ def _name(point: plan.Point) -> str:
 
 def weights(loaded: UnloadedModel, model: Model) -> PreTrainedModel:
     """The model's random weights, made at their first use and kept as long as `loaded` is."""
-    known = id(loaded)
+    known = id(loaded), model.weight_bits
     if known not in _weights:
         _weights.clear()  # before the next ones need the memory
-        _weights[known] = models.random(model.sizes(POSITIONS), loaded.dtype, loaded.device)
+        _weights[known] = models.random(
+            model.sizes(POSITIONS), loaded.dtype, loaded.device, model.weight_bits
+        )
         weakref.finalize(loaded, _weights.pop, known, None)
     return _weights[known]
 
@@ -184,7 +187,7 @@ def measured(times: Times, name: str) -> dict[str, float]:
     return found
 
 
-def stated(place: Place, loaded: UnloadedModel) -> dict[str, str]:
+def stated(place: Place, loaded: UnloadedModel, weight_bits: int) -> dict[str, str]:
     """What a time's reader must know first."""
     shape = loaded.shape
     return {
@@ -194,6 +197,7 @@ def stated(place: Place, loaded: UnloadedModel) -> dict[str, str]:
             f"{shape['layers']} layers, {shape['heads']}/{shape['kv_heads']} heads x"
             f" {shape['head_dim']}, random weights"
         ),
+        "weights": f"{weight_bits} bits",
     }
 
 

@@ -21,21 +21,24 @@ from quest_dist.pool import Geometry
 
 CONF = Path(__file__).parent.parent / "conf" / "method"
 METHODS = sorted(file.stem for file in CONF.glob("*.yaml"))
-# Settings that are held to the universal properties too, as methods of their own.
-VARIANTS = {
-    "quest with int8": ("quest", {"metadata": "int8"}),
-    "squeezed in two levels": ("squeezed", {"clusters": 0.2, "coarse_clusters": 0.1}),
+# Sizes that fit streams of a few dozen tokens.
+SMALL: dict[str, dict[str, object]] = {
+    "snapkv": {"window": 4, "kernel": 3},
+    "pyramidkv": {"window": 4, "kernel": 3},
 }
 
 
 def method_spec(name: str, **settings: object) -> Spec:
     """The method of one YAML file, or a variant, with other settings where given.
 
-    An artefact that it needs and does not name is that of tiny models.
+    An artefact that it needs and does not name is that of tiny models, and tokens wait for packing
+    as briefly as they may.
     """
     if name in VARIANTS:
         name, settings = VARIANTS[name][0], {**VARIANTS[name][1], **settings}
-    spec = Spec(name, {**settings_of(name), **settings})
+    written = settings_of(name)
+    short = {"group": 16, "residual": 16} if "residual" in written else {}
+    spec = Spec(name, {**written, **short, **SMALL.get(name, {}), **settings})
     made = artefact_for(spec.build()) if spec.settings.get("artefact") is None else None
     return spec if made is None else Spec(name, {**spec.settings, "artefact": made})
 
@@ -48,9 +51,10 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def asked_for(name: str, budget: int) -> dict[str, Any]:
     """What `quest_dist.patched` is told for a tiny model: the budget where the method has one."""
-    spec = method_spec(name)
+    spec, written = method_spec(name), settings_of(name)
     told = {"method": name, "budget": budget if spec.budgeted else None}
-    return told | ({"artefact": spec.settings["artefact"]} if spec.settings.get("artefact") else {})
+    changed = {key: value for key, value in spec.settings.items() if value != written.get(key)}
+    return told | changed
 
 
 def is_exact(name: str) -> bool:
@@ -59,7 +63,29 @@ def is_exact(name: str) -> bool:
     return method.exact
 
 
+# Settings that are held to the universal properties too, as methods of their own.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {}
+VARIANTS["quest with int8"] = ("quest", {"metadata": "int8"})
+VARIANTS["squeezed in two levels"] = ("squeezed", {"clusters": 0.2, "coarse_clusters": 0.1})
+VARIANTS["dejavu by predictors"] = ("dejavu", {"heads": "predicted"})
+
+
+def can_be_a_pyramid(name: str) -> bool:
+    """Whether a schedule may give its layers budgets of their own, and none does."""
+    method: Method = Spec(name, settings_of(name)).build()
+    free = method.budgeted and not method.own_schedule
+    return free and method.layer_budgets == "uniform"
+
+
+for _name in filter(can_be_a_pyramid, METHODS):
+    VARIANTS[f"{_name} in a pyramid"] = (_name, {"layer_budgets": "pyramid"})
 BUDGETED = [name for name in METHODS if settings_of(name).get("budgeted", True)] + [*VARIANTS]
+
+
+def stream_for(name: str, tokens: int, **options: object) -> Stream:
+    """A random stream, of some layers for methods whose layers differ."""
+    pyramid = method_spec(name).build().layer_budgets == "pyramid"
+    return Stream.random(tokens, **{"layers": 3 if pyramid else 1, **options})
 
 
 def no_rotation(q: Tensor, distance: Tensor) -> Tensor:
@@ -104,9 +130,10 @@ class Stream:
 
 @dataclass
 class Step:
-    """What one group attended to in one layer of one decode step."""
+    """What one group attended to in one layer of one decode step, with which budgets."""
 
     layer: int
+    budgets: tuple[int, ...]
     selection: Selection
     view: View
     attended: ops.Attended
@@ -174,8 +201,11 @@ def record(method: Method) -> list[Step]:
 
     def recording(view: View, q: Tensor) -> Selection:
         selection = select(view, q)
-        attended = view.attend(q, selection, probabilities=True)
-        steps.append(Step(view.layer, selection, view, attended, q.clone()))
+        if method.skips_heads:  # which no list can say to the op
+            attended = method.attend(view, q, selection)
+        else:
+            attended = view.attend(q, selection, probabilities=True)
+        steps.append(Step(view.layer, method.budgets, selection, view, attended, q.clone()))
         return selection
 
     method.select = recording  # type: ignore[method-assign]

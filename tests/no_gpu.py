@@ -78,7 +78,25 @@ def gather(a: Arguments, kv: Tensor, table: Tensor, length: int) -> tuple[Tensor
     return k, torch.empty_like(k)
 
 
-KERNELS = (append, page_scores, select_top, attend, decode, token_scores, gather)
+def pack(a: Arguments, *_: object) -> None:
+    """It returns nothing."""
+
+
+def attend_packed(a: Arguments, q: Tensor, *_: object) -> Attended:
+    return attend(a, q, *[None] * 7, False)
+
+
+KERNELS = (
+    append,
+    page_scores,
+    select_top,
+    attend,
+    decode,
+    token_scores,
+    gather,
+    pack,
+    attend_packed,
+)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ MOST_REGISTERS = {
     "decode_scores_kernel": 128,
     "decode_attend_kernel": 168,
     "attend_kernel": 168,
+    "attend_packed_kernel": 168,
+    "pack_kernel": 64,
     "probabilities_kernel": 32,
 }
 #: fp32, bf16 and fp16; where a row's lanes matter, three widths of each.
@@ -38,6 +40,8 @@ INSTANCES = {
     "page_scores_kernel": 9,
     "token_scores_kernel": 9,
     "attend_kernel": 9,
+    "attend_packed_kernel": 9,
+    "pack_kernel": 3,
     "decode_scores_kernel": 9,
     "decode_attend_kernel": 9,
 }

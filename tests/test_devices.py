@@ -33,6 +33,9 @@ VARIANTS = [
     ("quest", {"variant": "eval_compat"}),
     ("h2o", {"score_init": "prompt", "normalise": "per_query_count"}),
     ("streaming", {"positions": "rolling"}),
+    ("quest", {"layer_budgets": "pyramid"}),
+    ("snapkv", {"pooling": "avg", "window": 16}),
+    ("qhitter", {"score_init": "prompt"}),
     ("oracle_token", {"gqa": "mean"}),
     ("oracle_page", {"gqa": "max", "score": "max"}),
 ]

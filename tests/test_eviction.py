@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cache_harness import Run, Stream, decode, tokens_of
+from cache_harness import Run, Stream, decode, no_rotation, tokens_of
 from torch import Tensor
 
+from quest_dist.batch import Group, new_batch
 from quest_dist.methods.h2o import H2O
 from quest_dist.methods.streaming import Streaming
 from quest_dist.methods.tova import Tova
@@ -47,6 +48,19 @@ def test_h2o_conserves_mass_while_nothing_is_evicted() -> None:
     sums = method._slots[0].score.sum(-1)
     assert torch.allclose(sums, torch.full_like(sums, 30 * 2.0), rtol=1e-5)
     assert len(run.steps) == 10
+
+
+def test_h2o_sums_the_chunks_of_every_row() -> None:
+    stream = Stream.random(44)
+    group = Group(H2O(score_init="prompt"), [9, 9], 0)
+    batch = new_batch(stream.geometry, S, [group], 2, no_rotation)
+    for tokens in (slice(0, 25), slice(25, 40), slice(40, 41)):
+        q, k, v = (x[:, :, tokens].expand(2, -1, -1, -1) for x in (stream.q, stream.k, stream.v))
+        batch.write(0, k, v, None)
+        out = batch.attend(0, q, k, v, 0.25)
+    assert torch.equal(out[0], out[1])
+    alone = decode(stream, lambda: H2O(score_init="prompt"), [9], prefix=40, page_size=S)
+    assert torch.allclose(out[0, -1], alone.outputs[0, 0, 0], atol=1e-5)
 
 
 def test_h2o_worked_example() -> None:

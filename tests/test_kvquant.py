@@ -282,7 +282,7 @@ def test_a_whole_run_holds_what_it_says() -> None:
 
 
 def test_the_papers_bits_an_element() -> None:
-    """b + 0.32 for 1 % of outliers, at the width of Llama-2-7B, whose 4,096 channels hide the rest."""
+    """b + 0.32 with 1 % of outliers, where a token has the 4,096 channels of Llama-2-7B."""
     for bits in BITS:
         each = 8 * token_bytes(32, 128, bits, 0.01) / (2 * 32 * 128)
         assert bits + 0.32 < each < bits + 0.33

@@ -32,7 +32,7 @@ def test_a_model_that_is_watched_computes_what_it_always_does(kind: str) -> None
         with pytest.raises(ValueError, match="watched already"), seen(model, print):
             pass
     assert model.config._attn_implementation == before
-    assert shapes == {n: ((2, 4, 60, 16), (2, 2, 60, 16), (2, 2, 60, 16)) for n in range(4)}
+    assert shapes == dict.fromkeys(range(4), ((2, 4, 60, 16), (2, 2, 60, 16), (2, 2, 60, 16)))
     assert torch.equal(model(TOKENS).logits, expected)
 
 

@@ -35,6 +35,7 @@ POINTS = {
     "ruler": 84,
     "smoke": 10,
     "sparsity": 15,
+    "speculation": 12,
     **TIMES,
 }
 

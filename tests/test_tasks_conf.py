@@ -43,7 +43,7 @@ def test_tasks(path, tmp_path):
     timed = task.metric in stats.TIMES
     assert task.count() == (9 if timed else 10)
     assert task.exclusive is timed
-    assert task.metric in {*stats.POINTS, *stats.LOWER_IS_BETTER}
+    assert task.metric in {*stats.POINTS, *stats.RATES, *stats.LOWER_IS_BETTER}
     assert json.loads(json.dumps(task.identity())) == task.identity()
     with pytest.raises(ValueError, match="sampels"):
         Spec(name, {**settings, "sampels": 3}).build(data=Generated(), seed=0, protocol={})
@@ -54,7 +54,8 @@ def test_there_is_a_file_for_every_task_of_the_paper():
     paper = {*FORMS, "passkey", "passkey_long", "pg19", "recall", "attention_map", "sparsity"}
     times = {f"kernels_{size}" for size in ("512", *(f"{2**n}k" for n in range(7)))}
     times |= {f"textgen_{size}" for size in ("8k", "16k", "32k")}
-    assert {path.stem for path in files("task")} == paper | ruler | times
+    more = {f"speculation{kind}" for kind in ("", "_chain", "_lookup", "_tree16")}
+    assert {path.stem for path in files("task")} == paper | ruler | times | more
 
 
 def test_ruler_tasks_have_rulers_own_numbers():

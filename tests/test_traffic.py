@@ -9,6 +9,7 @@ from quest_dist.methods.traffic import CacheShape
 
 SHAPE = CacheShape(kv_heads=2, head_dim=16, element_bytes=4, page_size=4)
 TOKEN, VECTOR, SCORE = 2 * 2 * 16 * 4, 2 * 16 * 4, 2 * 4  # bytes: of both heads; a score a head
+PACKED = 2 * 2 * (16 * 4 / 8 + 2 * 4)
 LENGTH, BUDGET = 75, 12
 
 
@@ -27,6 +28,11 @@ LENGTH, BUDGET = 75, 12
         ("oracle_page", {"gqa": "max"}, (LENGTH + 12) * VECTOR, LENGTH * TOKEN),
         ("streaming", {}, 12 * TOKEN, 12 * TOKEN),
         ("h2o", {}, 12 * (TOKEN + 2 * SCORE), 12 * (TOKEN + SCORE)),
+        # 32 channels: 3 bits of key and value, two outlier values and 0.32 keys, offset and range,
+        # a count; a sink; and the bounds of 32 channels with two tables of eight.
+        ("kvquant3", {}, TOKEN + 74 * 39.28 + 320, TOKEN + 74 * 39.28 + 320),
+        ("kvquant3", {"outliers": 0.0, "sinks": 0}, 75 * 30 + 320, 75 * 30 + 320),
+        ("kvquant2", {"outliers": 0.0, "sinks": 0}, 75 * 22 + 288, 75 * 22 + 288),
         # Of 74 tokens of prefix 6 are the window: 68 in 3 clusters, with a label a kv head each.
         ("squeezed", {}, 12 * TOKEN + 3 * VECTOR, LENGTH * TOKEN + 3 * VECTOR + 68 * 2 * 4),
         (
@@ -39,6 +45,12 @@ LENGTH, BUDGET = 75, 12
         ("less_h2o", {}, 12 * (TOKEN + 2 * SCORE) + 1088, 12 * (TOKEN + SCORE) + 1088),
         ("less_window", {"rank": 4}, 12 * TOKEN + 544, 12 * TOKEN + 544),
         ("tova", {}, 12 * (TOKEN + 2 * 4), 12 * (TOKEN + 4)),
+        ("snapkv", {}, 12 * TOKEN, 12 * TOKEN),
+        # Four bits, a scale and a min a vector; its sum of attention and how well it rounds.
+        ("qhitter", {}, 12 * (PACKED + 3 * SCORE), 12 * (PACKED + 2 * SCORE)),
+        ("qhitter", {"attention_weight": 1}, 12 * (PACKED + 2 * SCORE), 12 * (PACKED + SCORE)),
+        ("dejavu", {}, LENGTH * TOKEN, LENGTH * TOKEN),
+        ("dejavu", {"heads": "predicted"}, 12 * TOKEN, LENGTH * TOKEN),
     ],
 )
 def test_a_layer_moves_and_holds_what_its_formula_says(
@@ -46,8 +58,8 @@ def test_a_layer_moves_and_holds_what_its_formula_says(
 ) -> None:
     method = method_spec(name, **settings).build()
     read = LENGTH if name == "full" else BUDGET
-    assert method.bytes_moved(SHAPE, LENGTH, BUDGET, read) == moved
-    assert method.bytes_held(SHAPE, LENGTH, BUDGET) == held
+    assert method.bytes_moved(SHAPE, LENGTH, BUDGET, read) == pytest.approx(moved, rel=1e-12)
+    assert method.bytes_held(SHAPE, LENGTH, BUDGET) == pytest.approx(held, rel=1e-12)
 
 
 @pytest.mark.parametrize("dense_layers", [0, 2])

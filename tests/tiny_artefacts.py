@@ -1,4 +1,4 @@
-"""Artefacts of tiny models, made by the real calibrators from a few random tokens, once a process."""
+"""Artefacts of tiny models, made by the real calibrators from a few tokens, once a process."""
 
 from __future__ import annotations
 

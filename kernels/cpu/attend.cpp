@@ -200,29 +200,6 @@ std::vector<Task> tasks_of(const Job& job) {
   return tasks;
 }
 
-void check(const Job& job, int threads) {
-  const Pages& p = job.p;
-  const Selection& selection = job.selection;
-  const auto read = [&](int64_t row, int64_t h) -> int32_t& {
-    return job.result.read[row * p.kv_heads + h];
-  };
-  if (selection.index == nullptr) {
-    for (int64_t i = 0; i < p.rows * p.kv_heads; ++i) {
-      job.result.read[i] = job.lengths[i / p.kv_heads];
-    }
-    return;
-  }
-  const int64_t each = selection.lists == 1 ? 1 : selection.lists / p.kv_heads;
-  const int64_t units = selection.lists == 1 ? 1 : p.kv_heads;
-  parallel(p.rows * units, threads, [&](int64_t task) {
-    const int64_t row = task / units, h = task % units;
-    const int64_t tokens = check_lists(p, job.lengths, selection, row, h * each, each);
-    for (int64_t i = h; i < (units == 1 ? p.kv_heads : h + 1); ++i) {
-      read(row, i) = static_cast<int32_t>(tokens);
-    }
-  });
-}
-
 }  // namespace
 
 int64_t listed_tokens(const Pages& p, const int32_t* lengths, const Selection& selection) {
@@ -250,7 +227,7 @@ void attend(const Pages& p, const void* q, const void* rolled_query, int64_t rol
   const Job job{p,       q,         rolled_query, rolled, heads,  heads / p.kv_heads,
                 lengths, selection, scale,        result, splits, static_cast<float*>(state),
                 record};
-  check(job, threads);
+  count_read(p, lengths, selection, result.read, threads);
   const std::vector<Task> tasks = tasks_of(job);
   parallel(static_cast<int64_t>(tasks.size()), threads,
            [&](int64_t i) { run(job, tasks[static_cast<size_t>(i)]); });

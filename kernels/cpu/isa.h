@@ -11,6 +11,8 @@
 
 #include <stdint.h>
 
+#include "../ops.h"
+
 namespace quest {
 namespace cpu {
 
@@ -59,6 +61,29 @@ struct AttendBlock {
   const int64_t* next_rows;  // its kBlock rows, or nullptr
 };
 
+// Keys (or values) of a tile of a block as fp32, [kBlock, dim].
+using Unpack = void (*)(const PackedLayout& layout, const uint8_t* block, int64_t tile,
+                        const float* levels, bool values, float* out);
+
+// Tokens of a chunk of packed attention, in tiles.
+constexpr int kChunk = 8;
+
+// Some query heads of one row that share a kv head go on over some tiles, all packed.
+struct PackedChunk {
+  const PackedLayout* layout;
+  const float* levels;  // [2, 2^bits]
+  const float* q;       // [heads, dim]
+  int64_t heads;
+  float scale;
+  int tiles;                     // 1..kChunk
+  const uint8_t* block[kChunk];  // of each tile
+  const uint8_t* next[kChunk];   // that is read next in its place, or nullptr
+  int tile[kChunk];              // within its block
+  uint16_t listed[kChunk];       // a bit a token; at least one
+  int64_t stride;                // of the state, from head to head
+  float *maximum, *total, *sum;  // as in AttendBlock; channels in order
+};
+
 // One block of queries of one (row, head) of prefill_attend, bf16; see prefill.cpp for the packing.
 struct PrefillBlock {
   const uint16_t* q;      // the block's first query
@@ -70,8 +95,22 @@ struct PrefillBlock {
 };
 using Prefill = void (*)(const PrefillBlock& block);
 
+// Some rows times some tiles of weights in 4 bits (ops.h says how they lie).
+struct Int4Block {
+  const uint8_t* tiles;
+  int64_t count, bytes;  // tiles, and bytes of one
+  int64_t inputs, group;
+  const void* x;  // [rows, inputs], fp32 or bf16
+  int64_t rows;
+  const float* sums;  // [rows, groups] of x
+  float* out;         // [rows, 16 count]
+};
+using Int4Rows = void (*)(const Int4Block& block);
+
 struct Isa {
   const char* name;
+  Int4Rows int4_rows;   // x in fp32
+  Int4Rows int4_pairs;  // x in bf16, or nullptr
   // Indexed by DType.
   Keys keys[2];
   PageDots page_dots[2];     // weights are fp32
@@ -89,6 +128,10 @@ struct Isa {
   void (*largest)(const float* scores, int64_t count, int64_t keep, uint32_t* space,
                   int32_t* index);
   Prefill prefill;  // nullptr where there is no fast path
+  Unpack unpack;
+  // For 2 to 4 bits and head dimensions that are multiples of 16 up to 256, with queries and folded
+  // weights in bf16; nullptr where there is no fast path.
+  void (*packed_chunk)(const PackedChunk& chunk);
 };
 
 extern const Isa kScalar;

@@ -2,6 +2,8 @@
 #include "vec_avx512.h"
 #include "inner.h"
 #include "block.h"
+#include "int4.h"
+#include "packed_block.h"
 #include "largest_avx512.h"
 // clang-format on
 
@@ -11,6 +13,8 @@ namespace cpu {
 extern const Isa kAvx512;
 const Isa kAvx512 = {
     "avx512",
+    int4_rows,
+    nullptr,
     {keys_widened<float>, keys_widened<uint16_t>},
     {page_dots<float>, page_dots<uint16_t>},
     page_dots_int8,
@@ -22,6 +26,8 @@ const Isa kAvx512 = {
     {nullptr, nullptr},
     probabilities,
     largest,
+    nullptr,
+    unpack,
     nullptr,
 };
 

@@ -3,9 +3,12 @@
 #include "vec_avx512.h"
 #include "inner.h"
 #include "block.h"
+#include "int4.h"
+#include "int4_avx512bf16.h"
 #include "largest_avx512.h"
 #include "pairs_avx512bf16.h"
 #include "prefill_avx512bf16.h"
+#include "packed_avx512bf16.h"
 // clang-format on
 
 namespace quest {
@@ -14,6 +17,8 @@ namespace cpu {
 extern const Isa kAvx512Bf16;
 const Isa kAvx512Bf16 = {
     "avx512bf16",
+    int4_rows,
+    int4_pairs,
     {keys_widened<float>, keys_pairs},
     {page_dots<float>, page_dots<uint16_t>},
     page_dots_int8,
@@ -26,6 +31,8 @@ const Isa kAvx512Bf16 = {
     probabilities,
     largest,
     prefill,
+    unpack,
+    packed_chunk,
 };
 
 }  // namespace cpu

@@ -2,6 +2,8 @@
 #include "vec_scalar.h"
 #include "inner.h"
 #include "block.h"
+#include "int4.h"
+#include "packed_block.h"
 // clang-format on
 
 namespace quest {
@@ -10,6 +12,8 @@ namespace cpu {
 extern const Isa kScalar;
 const Isa kScalar = {
     "scalar",
+    int4_rows,
+    nullptr,
     {keys_widened<float>, keys_widened<uint16_t>},
     {page_dots<float>, page_dots<uint16_t>},
     page_dots_int8,
@@ -21,6 +25,8 @@ const Isa kScalar = {
     {nullptr, nullptr},
     probabilities,
     nullptr,
+    nullptr,
+    unpack,
     nullptr,
 };
 

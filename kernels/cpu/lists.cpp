@@ -1,5 +1,7 @@
 #include "lists.h"
 
+#include "threads.h"
+
 namespace quest {
 namespace cpu {
 namespace {
@@ -100,6 +102,23 @@ int64_t check_lists(const Pages& p, const int32_t* lengths, const Selection& sel
   if (unit == Unit::kTokens) return items;
   const bool partial = united[(limit - 1) / 64] >> ((limit - 1) % 64) & 1;
   return items * p.page_size - (partial ? unfilled(p, length) : 0);
+}
+
+void count_read(const Pages& p, const int32_t* lengths, const Selection& selection, int32_t* read,
+                int threads) {
+  if (selection.index == nullptr) {
+    for (int64_t i = 0; i < p.rows * p.kv_heads; ++i) read[i] = lengths[i / p.kv_heads];
+    return;
+  }
+  const int64_t each = selection.lists == 1 ? 1 : selection.lists / p.kv_heads;
+  const int64_t units = selection.lists == 1 ? 1 : p.kv_heads;
+  parallel(p.rows * units, threads, [&](int64_t task) {
+    const int64_t row = task / units, h = task % units;
+    const int64_t tokens = check_lists(p, lengths, selection, row, h * each, each);
+    for (int64_t i = h; i < (units == 1 ? p.kv_heads : h + 1); ++i) {
+      read[row * p.kv_heads + i] = static_cast<int32_t>(tokens);
+    }
+  });
 }
 
 }  // namespace cpu

@@ -21,5 +21,9 @@ int64_t named_tokens(const Pages& pages, const int32_t* lengths, const Selection
 int64_t check_lists(const Pages& pages, const int32_t* lengths, const Selection& selection,
                     int64_t row, int64_t first_list, int64_t lists);
 
+// read [R, G]: tokens of the union over each kv head's lists; refuses what check_lists refuses.
+void count_read(const Pages& pages, const int32_t* lengths, const Selection& selection,
+                int32_t* read, int threads);
+
 }  // namespace cpu
 }  // namespace quest

@@ -23,6 +23,20 @@ inline Vec load(const int8_t* p) {
   __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
+// The words' bits [shift, shift + 4).
+inline Vec nibbles(const uint32_t* p, int shift) {
+  const __m512 values = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i words = _mm512_srl_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift));
+  return _mm512_permutexvar_ps(words, values);  // which looks at four bits
+}
+// Of fp16 that is not negative.
+inline Vec load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+}
 inline Vec load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes_below(n), p); }
 inline Vec load_part(const uint16_t* p, int n) {
   return widen(_mm256_maskz_loadu_epi16(lanes_below(n), p));

@@ -38,6 +38,27 @@ inline Vec load(const int8_t* p) {
   QUEST_EACH_LANE r.v[i] = static_cast<float>(p[i]);
   return r;
 }
+// x's bits [shift, shift + 4), one value a word.
+inline Vec nibbles(const uint32_t* p, int shift) {
+  Vec r;
+  QUEST_EACH_LANE r.v[i] = static_cast<float>(p[i] >> shift & 15u);
+  return r;
+}
+// Of fp16 that is not negative.
+inline Vec load_half(const uint16_t* p) {
+  Vec r;
+  QUEST_EACH_LANE {
+    const uint32_t bits = static_cast<uint32_t>(p[i]) << 13;
+    memcpy(&r.v[i], &bits, 4);
+    r.v[i] *= 0x1p112f;
+  }
+  return r;
+}
+inline Vec load_bytes(const uint8_t* p) {
+  Vec r;
+  QUEST_EACH_LANE r.v[i] = static_cast<float>(p[i]);
+  return r;
+}
 template <typename T>
 inline Vec load_part(const T* p, int n) {
   T padded[kLanes] = {};

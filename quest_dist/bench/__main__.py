@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from quest_dist.bench import attention, overhead, scale, sharing, textgen, tracking
+from quest_dist.bench import attention, overhead, packed, scale, sharing, textgen, tracking
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark that is named, print its table, and write its JSON."""
     parser = argparse.ArgumentParser(prog="python -m quest_dist.bench", description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
-    for module in (attention, overhead, scale, sharing, textgen, tracking):
+    for module in (attention, overhead, packed, scale, sharing, textgen, tracking):
         name = module.__name__.rpartition(".")[2]
         text = (module.__doc__ or "").splitlines()[0]
         command = benchmarks.add_parser(name, help=text, description=text)

@@ -3,7 +3,7 @@
 `draw(name, rows, directory, caption)` writes <name>.png, <name>.pdf and <name>.csv; the CSV holds
 exactly what was plotted, with the verdict on each point. Partial tables draw what they have and say
 what is missing. matplotlib is imported by the modules of this folder only, and only when drawing.
-A figure is a module of this folder, named fig* or table* (or `curves`), with `takes(row)` and
+A figure is a module of this folder, named fig*, table*, pareto* or `curves`, with `takes(row)` and
 `draw(rows, caption)`, and `verdicts(rows)` where it is judged otherwise than point by point.
 `python -m quest_dist.figures` draws again what a tracking store or a table of points holds.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NAMES = tuple(
     module.name
     for module in pkgutil.iter_modules(__path__)
-    if module.name.startswith(("fig", "table", "curves"))
+    if module.name.startswith(("fig", "table", "curves", "pareto"))
 )
 
 #: What kinds of data are called wherever a number stands.

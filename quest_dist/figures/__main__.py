@@ -72,7 +72,8 @@ def _from_points(path: Path) -> Launched:
     if path.name == "points.csv" and (folder / launched.FILE).is_file():
         return launched.read(lambda name: (folder / name).read_text(encoding="utf-8"))
     rows = tuple(from_csv(path))
-    names = [n for n in figures.NAMES if n != "curves" and figures.belonging(n, rows)]
+    own = [name for name in figures.NAMES if not name.startswith(("curves", "pareto"))]
+    names = [name for name in own if figures.belonging(name, rows)]
     part = Part(path.stem, tuple(names) or ("curves",), rows)
     return Launched(path.stem, (part,))
 

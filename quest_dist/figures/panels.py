@@ -29,6 +29,7 @@ METRICS = {
     "nll_increase": "increase in nats (lower is better)",
     "attention_us": "attention, µs a step (lower is better)",
     "step_ms": "ms a token (lower is better)",
+    "tokens_per_pass": "tokens a target pass",
 }
 Plotted = list[dict[str, Any]]
 

@@ -45,6 +45,8 @@ LOOKS = {
     "oracle_page": Look("#6a51a3", "p"),
     "oracle_token": Look("#b3a2d0", "h"),
     "snapkv": Look("#8c6d62", "<"),
+    "pyramidkv": Look("#b89a8e", "8"),
+    "dejavu": Look("#708238", "H"),
     "qhitter": Look("#4f7f9b", ">"),
     "kivi": Look("#a05a7c", "X"),
     "kvquant": Look("#d49fb8", "P"),

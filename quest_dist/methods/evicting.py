@@ -50,6 +50,10 @@ class Evicting(Method):
             name = type(self).__name__.lower()
             raise ValueError(f"budget={budget}: {name} needs at least 2 tokens (one held, one new)")
 
+    def reserved(self, page_size: int) -> int:
+        """One held token and the new one."""
+        return 2
+
     def begin(self, budgets: Sequence[int], lengths: Sequence[int]) -> None:
         """Serve these rows."""
         super().begin(budgets, lengths)

@@ -26,6 +26,10 @@ class Full(Method):
         """Everything."""
         return PageRule()
 
+    def stateless(self) -> bool:
+        """Nothing is kept between steps."""
+        return True
+
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """All tokens."""
         return length, length

@@ -64,7 +64,7 @@ class H2O(Evicting):
         rows = self._context.setdefault(layer, [])
         if row < len(rows):
             sums[:, : rows[row].shape[1]] += rows[row]
-        rows[row:] = [sums]
+        rows[row : row + 1] = [sums]
 
     def context_scores(self, seen: Tensor, length: int) -> Tensor:
         """The sums, or their means over the queries that could see the token."""

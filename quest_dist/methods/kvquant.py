@@ -230,7 +230,7 @@ def _attention(
     scores = [torch.einsum("ghd,ngd->ghn", grouped, k) for k, _ in parts]
     joined = torch.cat(scores, -1) * scale
     lse = joined.logsumexp(-1)
-    weights = (joined - lse[..., None]).exp().split([len(k) for k, _ in parts], -1)
+    weights = torch.split((joined - lse[..., None]).exp(), [len(k) for k, _ in parts], -1)
     out = torch.stack(
         [torch.einsum("ghn,ngd->ghd", w, v) for w, (_, v) in zip(weights, parts, strict=True)]
     ).sum(0)

@@ -72,7 +72,7 @@ def token_bytes(kv_heads: int, head_dim: int, bits: int, share: float) -> float:
 
 def rules_bytes(channels: int, bits: int) -> int:
     """Bytes of a layer's rules: two bounds a channel and two codebooks, fp32."""
-    return 4 * (2 * channels + 2 * 2**bits)
+    return 4 * (2 * channels + (2 << bits))
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Tokens:
     value_exact: Tensor
 
     def __len__(self) -> int:
-        return self.key_codes.shape[0]
+        return int(self.key_codes.shape[0])
 
     @property
     def nbytes(self) -> int:

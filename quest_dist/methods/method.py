@@ -15,12 +15,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from quest_dist import on_flashinfer, ops
+from quest_dist.methods import layer_budgets as schedules
 from quest_dist.methods.traffic import CacheShape
 from quest_dist.reference import Attended
 
@@ -125,11 +126,20 @@ class Method(ABC):
     `backend` compiled | flashinfer says whose kernels attend for it and for its dense layers; it is
     no part of the selection. Only a method that `selects_pages`, or everything, may leave compiled.
 
-    A method that holds the cache in a form of its own sets `attends` and overrides `attend`; where
-    that form rounds keys or values, it is not `exact`. One that reads back what a GPU has computed
-    `waits`. One that needs something made from the model beforehand names in `calibration` who
-    makes it (quest_dist.calibrators.MODULE) and is given its file as `artefact`. One whose budget
-    cuts the prefilled context alone, and that keeps all that comes after, `cuts_once`.
+    A method that holds the cache in a form of its own sets `attends` and overrides `attend`. One
+    that needs something made from the model beforehand names in `calibration` who makes it
+    (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
+
+    `layer_budgets` uniform | pyramid shares a budget out among layers (methods.layer_budgets), with
+    `pyramid_beta` as PyramidKV's slope. `budgets` are those of the layer at hand: whatever is kept
+    from one layer of a step for the next must not depend on them. Before `begin` it is told how
+    many `query_heads` the model has, and whether all its rows go on from `one_prefix`.
+
+    Properties that not every method has: `exact` (what it lists, it attends to exactly, so that a
+    budget that covers the length is dense), `cuts_once` (its budget is what it keeps of the context
+    that was prefilled; it keeps all that comes after), `skips_heads` (query heads may attend to
+    nothing, and output zero: what it attends to is a mean over heads), `waits` (it reads back what
+    a GPU has computed), `own_schedule` (its layers take what they need of a budget by themselves).
     """
 
     selects_pages: ClassVar[bool] = False
@@ -141,10 +151,16 @@ class Method(ABC):
     waits: ClassVar[bool] = False
     calibration: ClassVar[str | None] = None
     cuts_once: ClassVar[bool] = False
+    skips_heads: ClassVar[bool] = False
+    own_schedule: ClassVar[bool] = False
 
     backend: ops.Through = field(default="compiled", kw_only=True)
     artefact: str | None = field(default=None, kw_only=True)
+    layer_budgets: str = field(default="uniform", kw_only=True)
+    pyramid_beta: float = field(default=20.0, kw_only=True)
     budgets: tuple[int, ...] = field(default=(), init=False, repr=False)
+    query_heads: int = field(default=0, init=False, repr=False)
+    one_prefix: bool = field(default=False, init=False, repr=False)
 
     def begin(self, budgets: Sequence[int], lengths: Sequence[int]) -> None:
         """Serve rows with these budgets, whose contexts have just been prefilled to `lengths`
@@ -174,6 +190,11 @@ class Method(ABC):
         list (if `needs_probabilities`). M is at least the longest list; a GPU's is the slots of a
         row."""
 
+    def stateless(self) -> bool:
+        """Whether what a row attends to depends on the view and the query alone, so that rows may
+        branch, and be taken back, under fresh instances."""
+        return False
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named; the others have finished."""
         self.budgets = tuple(self.budgets[row] for row in rows)
@@ -190,6 +211,11 @@ class Method(ABC):
             raise ValueError(
                 f"backend={self.backend} plans each call on the host, so it cannot decode on the"
                 " device alone; choose compiled"
+            )
+        if self.layer_budgets != "uniform":
+            raise ValueError(
+                f"layer_budgets={self.layer_budgets} gives each layer a number of pages of its own,"
+                " which a step on the device alone does not; choose uniform"
             )
         if rule is None:
             raise ValueError(
@@ -217,6 +243,48 @@ class Method(ABC):
         """Raise ValueError for a budget that this method cannot honour."""
         if budget < 1:
             raise ValueError(f"budget={budget}: a query attends to at least 1 token")
+
+    def reserved(self, page_size: int) -> int:
+        """Tokens that every layer must hold whatever its depth: no schedule takes them away."""
+        return page_size if self.selects_pages else 1
+
+    def budgets_of_layers(
+        self, budget: int, length: int, layers: int, page_size: int
+    ) -> Sequence[int]:
+        """The budgets of the `layers` layers in which it is active, first to last, for a context of
+        `length` tokens."""
+        if self.layer_budgets == "uniform" or not self.budgeted:
+            return [budget] * layers
+        return schedules.pyramid(budget, length, layers, **self._slope(page_size))
+
+    def _slope(self, page_size: int) -> dict[str, Any]:
+        unit = page_size if self.selects_pages else 1
+        return {"beta": self.pyramid_beta, "unit": unit, "reserved": self.reserved(page_size)}
+
+    def check_layers(self, budget: int | None, page_size: int) -> None:
+        """Raise ValueError for a budget (None: it has none) that some layer cannot honour, and for
+        a schedule of layers that is none."""
+        check_choice("layer_budgets", self.layer_budgets, schedules.SCHEDULES)
+        beta = self.pyramid_beta
+        if isinstance(beta, bool) or not isinstance(beta, int | float) or not beta >= 1:
+            raise ValueError(f"pyramid_beta={beta!r}: choose a number of at least 1")
+        if budget is not None:
+            self.check_budget(budget, page_size)
+        if self.layer_budgets == "uniform":
+            return
+        why = "its layers share one budget by themselves" if self.own_schedule else ""
+        why = why if self.budgeted and budget is not None else "there is no budget to share out"
+        if why:
+            raise ValueError(f"layer_budgets={self.layer_budgets}: {why}; choose uniform")
+        assert budget is not None
+        least = schedules.least(budget, **self._slope(page_size))
+        try:
+            self.check_budget(least, page_size)
+        except ValueError as error:
+            raise ValueError(
+                f"layer_budgets={self.layer_budgets} leaves the last layer {least} tokens of"
+                f" {budget}: {error}"
+            ) from error
 
     def check_backend(
         self, device: str, dtype: str | None = None, head_dim: int | None = None

@@ -71,6 +71,10 @@ class OraclePage(Method):
         )
         return Selection(index, count, "pages")
 
+    def stateless(self) -> bool:
+        """Nothing is kept between steps."""
+        return True
+
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """(K - 1) whole pages and the current one."""
         tokens = tokens_in_pages(length, budget, page_size)

@@ -60,6 +60,10 @@ class OracleToken(Method):
         )
         return Selection(index, count, "tokens")
 
+    def stateless(self) -> bool:
+        """Nothing is kept between steps."""
+        return True
+
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """The budget, or all tokens while they are fewer."""
         tokens = min(length, budget)

@@ -86,7 +86,8 @@ class Quest(Method):
     variant: str = "normative"
     metadata: str = "exact"
     _int8: Int8Pages | None = field(default=None, init=False, repr=False)
-    _keep: tuple[int, tuple[int, ...]] = field(default=(-1, ()), init=False, repr=False)
+    _kept: tuple[int, tuple[int, ...]] = field(default=(-1, ()), init=False, repr=False)
+    _keep: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Validate the settings."""
@@ -117,11 +118,16 @@ class Quest(Method):
                 f"metadata=int8 is scored on the cpu only, not on {device}; choose exact"
             )
 
+    def reserved(self, page_size: int) -> int:
+        """The current page, or the three pages of eval_compat."""
+        return page_size if self.variant == "normative" else 3 * page_size
+
     def select(self, view: View, q: Tensor) -> Selection:
         """The current page and the best others (normative), or the best of all (eval_compat)."""
-        if self._keep[0] != view.step:
-            self._keep = view.step, self._pages_to_keep(view.lengths_list, view.page_size)
-        keep = self._keep[1]
+        if self._kept != (view.step, self.budgets):
+            self._kept = view.step, self.budgets
+            self._keep = self._pages_to_keep(view.lengths_list, view.page_size)
+        keep = self._keep
         if all(pages < 0 for pages in keep):
             return EVERYTHING
         forced = self.variant == "normative"
@@ -134,6 +140,10 @@ class Quest(Method):
         pages, most = as_int32(items, q.device), as_int32(keep, q.device)
         index, count = ops.select_top(scores, pages, most, force_last=forced)
         return Selection(index, count, "pages")
+
+    def stateless(self) -> bool:
+        """Exact metadata lies in the pages; int8's is kept here, a row's own."""
+        return self.metadata == "exact" and not self.attends
 
     def page_rule(self) -> PageRule | None:
         """The normative variant with exact metadata is one; eval_compat lets the current page

@@ -58,14 +58,21 @@ class Slots:
         count = self._ints(self.used)[:, None].expand(-1, self.position.shape[1]).contiguous()
         return Selection(self.position, count, "tokens")
 
-    def evict(self, capacity: Sequence[int], protected: Sequence[int]) -> None:
-        """Hold at most `capacity[r]` tokens a list: those of highest score, ties to the newer.
+    def full(self, capacity: Sequence[int]) -> bool:
+        """Whether a row holds more than `capacity[r]` tokens."""
+        return any(used > most for used, most in zip(self.used, capacity, strict=True))
+
+    def evict(
+        self, capacity: Sequence[int], protected: Sequence[int], ranks: Tensor | None = None
+    ) -> None:
+        """Hold at most `capacity[r]` tokens a list: those of highest score, ties to the newer, or
+        of highest rank [R, K, W] where given.
 
         Positions at or after `protected[r]` are never evicted.
         """
-        if all(used <= most for used, most in zip(self.used, capacity, strict=True)):
+        if not self.full(capacity):
             return
-        score = self.score.masked_fill(
+        score = (self.score if ranks is None else ranks).masked_fill(
             self.position >= self._ints(protected)[:, None, None], torch.inf
         )
         keep = [min(used, most) for used, most in zip(self.used, capacity, strict=True)]

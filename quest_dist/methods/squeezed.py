@@ -44,6 +44,7 @@ class Squeezed(Method):
     null for one level (paper: 0.01 above 0.05); `window` last tokens of the prefix always kept.
     """
 
+    own_schedule: ClassVar[bool] = True
     needs_prefill: ClassVar[bool] = True
     waits: ClassVar[bool] = True
     cuts_once: ClassVar[bool] = True

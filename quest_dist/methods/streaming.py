@@ -33,7 +33,9 @@ class Streaming(Method):
 
     sinks: int = 4
     positions: str = "original"
-    _selected: tuple[int, Selection] = field(default=(-1, EVERYTHING), init=False, repr=False)
+    _selected: tuple[int, tuple[int, ...], Selection] = field(
+        default=(-1, (), EVERYTHING), init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         """Validate the settings."""
@@ -50,11 +52,16 @@ class Streaming(Method):
                 f"{self.sinks + 1} tokens"
             )
 
+    def reserved(self, page_size: int) -> int:
+        """The sinks and the new token."""
+        return self.sinks + 1
+
     def select(self, view: View, q: Tensor) -> Selection:
-        """Sinks and window, the same in every layer of a step."""
-        if self._selected[0] != view.step:
-            self._selected = view.step, self._sinks_and_window(view.lengths_list, q.device)
-        selection = self._selected[1]
+        """Sinks and window, the same in every layer of a step that has the same budgets."""
+        if self._selected[:2] != (view.step, self.budgets):
+            found = self._sinks_and_window(view.lengths_list, q.device)
+            self._selected = view.step, self.budgets, found
+        selection = self._selected[2]
         if self.positions == "original" or selection.index is None or self.sinks == 0:
             return selection
         closed = [max(0, n - b) for n, b in zip(view.lengths_list, self.budgets, strict=True)]
@@ -74,6 +81,10 @@ class Streaming(Method):
         )
         index = index.masked_fill(slots >= counts[:, None], -1)
         return Selection(index[:, None].contiguous(), counts[:, None].contiguous(), "tokens")
+
+    def stateless(self) -> bool:
+        """Nothing is kept between steps."""
+        return True
 
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
         """The budget, or all tokens while they are fewer."""

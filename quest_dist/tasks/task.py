@@ -94,7 +94,7 @@ class Task(Protocol):
     `metric` names the unit of a score (see quest_dist.stats): 'f1', 'rouge_l', 'accuracy',
     'string_match_all', 'recall' and 'attention' are 0..100, higher is better; 'perplexity' samples
     are mean negative log-likelihoods in nats, and a point's value is exp of their mean;
-    'attention_us' and 'step_ms' are times.
+    'attention_us' and 'step_ms' are times; 'tokens_per_pass' counts from 1, higher is better.
     """
 
     metric: str
@@ -104,6 +104,8 @@ class Task(Protocol):
     """True: what is measured is time, so nothing else may run on the device meanwhile."""
     needs_weights: ClassVar[bool] = True
     """False: the model's shape will do, and nothing is loaded or downloaded for it."""
+    needs_float32: ClassVar[bool] = False
+    """True: what is compared must not depend on rounding, so the model runs in float32."""
     made_of: ClassVar[str] = ""
     """What it measures on, in figures' words, where that is not the data of the sweep."""
     x: ClassVar[str] = ""
@@ -126,6 +128,10 @@ class Task(Protocol):
 
     def check_model(self, shape: Mapping[str, Any]) -> None:
         """Raise ValueError for a model's shape that this task cannot run; any by default."""
+
+    def other_models(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the models that it loads beside the grid's, by the setting that names each."""
+        return {}
 
     @staticmethod
     def cost(points: Sequence[Point], shape: Mapping[str, Any], speed: Speed) -> Cost | None:

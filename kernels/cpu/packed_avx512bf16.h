@@ -1,0 +1,347 @@
+// Packed tiles by the dot product of pairs of bf16, straight from their codes.
+//
+// What codes stand for is looked up in a table of 32 words of bf16 (levels, from the middle of
+// them): a word's upper bits do not matter where the table repeats itself. Scales are folded into
+// what the codes meet, in fp32 and then rounded to bf16: a block's keys meet query * scale, values
+// probability * scale. Minima meet query and probability in fp32.
+#pragma once
+
+#include "block.h"
+#include "packed_block.h"
+#include "vec_avx512.h"
+
+namespace {
+
+using quest::cpu::kChunk;
+using quest::cpu::PackedChunk;
+
+// Loops that fill the registers stand apart: in one large function some would be spilled.
+#define QUEST_APART __attribute__((noinline))
+
+inline Vec halves(const uint8_t* at) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+}
+
+struct Levels {
+  __m512i table;
+  float middle;
+
+  Levels(const float* levels, int bits) {
+    const int count = 1 << bits;
+    middle = 0.5f * (levels[0] + levels[count - 1]);
+    alignas(64) float spread[32];
+    for (int i = 0; i < 32; ++i) spread[i] = levels[i % count] - middle;
+    table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(spread + 16), load(spread)));
+  }
+};
+
+// Vectors that a strip of 64 bytes holds; of 3 bits, one of the plane of low bits.
+template <int B>
+constexpr int kEach = B == 4 ? 4 : 8;
+
+// The codes of a strip's vectors as levels, one vector after the other.
+template <int B>
+struct Strip {
+  __m512i words, high;
+
+  Strip() = default;
+  // Strip `number` of a tile; `high_plane` is where its plane of high bits begins.
+  Strip(const uint8_t* tile, int64_t number, int64_t high_plane) {
+    words = _mm512_loadu_si512(tile + number * 64);
+    if (B == 3) {
+      const __m512i both = _mm512_loadu_si512(tile + high_plane + number / 2 * 64);
+      high = number % 2 == 0 ? _mm512_slli_epi16(both, 2) : _mm512_srli_epi16(both, 6);
+    }
+  }
+  __m512bh next(__m512i table) {
+    __m512i index = words;
+    words = _mm512_srli_epi16(words, B == 4 ? 4 : 2);
+    if (B == 3) {
+      index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), index, high, 0xCA);
+      high = _mm512_srli_epi16(high, 1);
+    }
+    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, table));
+  }
+};
+
+inline __m512bh everywhere(uint32_t pair) {
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
+}
+inline void put_pairs(uint32_t* to, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+inline void put_pairs(uint32_t* to, Vec x, Vec y) {
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x)));
+}
+// The sums of four vectors' lanes.
+inline __m128 sums(const Vec* a) {
+  const Vec ab = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+  const Vec cd = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+  const __m512d l = _mm512_castps_pd(ab), h = _mm512_castps_pd(cd);
+  const Vec all =
+      add(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)), _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+constexpr int kFastDim = 256;
+constexpr int kFastGroups = kFastDim / kLanes;
+constexpr int kTokens = kChunk * kBlock;
+
+// What H heads carry through a chunk.
+template <int H>
+struct FoldedChunk {
+  alignas(64) uint32_t query[H * kFastDim / 2];  // query * scale of one block's keys, in pairs
+  float minimum[4];                              // query . minima of the same block
+  alignas(64) float score[H * kTokens];          // and then their exponentials
+  // Probability * scale of each tile's values, in pairs of tokens, two tiles of a head side by
+  // side; and the sums of probability * minimum.
+  alignas(64) uint32_t weight[kChunk * kFastGroups * H * kBlock / 2];
+  alignas(16) float minima[kFastGroups * 4];
+
+  uint32_t* weight_of(int tile, int group) {
+    return weight + (tile / 2 * kFastGroups + group) * H * kBlock + tile % 2 * (kBlock / 2);
+  }
+};
+
+template <int H>
+QUEST_APART void fold_keys(const PackedChunk& c, int tile, const float* q, float middle,
+                           FoldedChunk<H>& f) {
+  const uint8_t* block = c.block[tile];
+  const uint8_t* ahead = c.next[tile] == nullptr ? block : c.next[tile];
+  const int64_t dim = c.layout->dim;
+  Vec low[4];
+  for (int h = 0; h < 4; ++h) low[h] = set1(0.0f);
+  const auto minima = [&](int64_t d, Vec scale) {
+    return fma(set1(middle), scale, halves(block + 2 * (dim + d)));
+  };
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    ask(ahead + 4 * d, 128);
+    const Vec scale = halves(block + 2 * d), more = halves(block + 2 * (d + kLanes));
+    const Vec minimum = minima(d, scale), beside = minima(d + kLanes, more);
+    for (int h = 0; h < H; ++h) {
+      const Vec one = load(q + h * dim + d), two = load(q + h * dim + d + kLanes);
+      low[h] = fma(two, beside, fma(one, minimum, low[h]));
+      put_pairs(f.query + h * (kFastDim / 2) + d / 2, mul(one, scale), mul(two, more));
+    }
+  }
+  if (d < dim) {
+    const Vec scale = halves(block + 2 * d), minimum = minima(d, scale);
+    for (int h = 0; h < H; ++h) {
+      const Vec one = load(q + h * dim + d);
+      low[h] = fma(one, minimum, low[h]);
+      put_pairs(f.query + h * (kFastDim / 2) + d / 2, mul(one, scale));
+    }
+  }
+  _mm_storeu_ps(f.minimum, sums(low));
+}
+
+// Scores of T tiles of one block, from tile `first` of the chunk on.
+template <int B, int H, int T>
+QUEST_APART void packed_keys(const PackedChunk& c, int first, __m512i table, FoldedChunk<H>& f) {
+  const PackedLayout& l = *c.layout;
+  const uint8_t *from[T], *ahead[T];
+  for (int t = 0; t < T; ++t) {
+    const int64_t at = l.key_codes + c.tile[first + t] * l.tile_bytes;
+    from[t] = c.block[first + t] + at;
+    ahead[t] = c.next[first + t] == nullptr ? from[t] : c.next[first + t] + at;
+  }
+  Vec even[H][T], odd[H][T];
+  for (int h = 0; h < H; ++h) {
+    for (int t = 0; t < T; ++t) even[h][t] = odd[h][t] = set1(0.0f);
+  }
+  const uint32_t* query = f.query;
+  for (int64_t s = 0; s * kEach<B> < l.dim / 2; ++s) {
+    Strip<B> strip[T];
+    for (int t = 0; t < T; ++t) {
+      strip[t] = Strip<B>(from[t], s, l.high_plane);
+      ask(ahead[t] + s * 64, 64);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < kEach<B>; j += 2, query += 2) {
+      __m512bh one[T], two[T];
+      for (int t = 0; t < T; ++t) {
+        one[t] = strip[t].next(table);
+        two[t] = strip[t].next(table);
+      }
+      for (int h = 0; h < H; ++h) {
+        const __m512bh q = everywhere(query[h * (kFastDim / 2)]);
+        const __m512bh r = everywhere(query[h * (kFastDim / 2) + 1]);
+        for (int t = 0; t < T; ++t) even[h][t] = _mm512_dpbf16_ps(even[h][t], q, one[t]);
+        for (int t = 0; t < T; ++t) odd[h][t] = _mm512_dpbf16_ps(odd[h][t], r, two[t]);
+      }
+    }
+  }
+  for (int h = 0; h < H; ++h) {
+    const Vec low = set1(f.minimum[h]), scale = set1(c.scale);
+    for (int t = 0; t < T; ++t) {
+      const Vec score = mul(add(add(even[h][t], odd[h][t]), low), scale);
+      const Vec never = set1(-__builtin_inff());
+      store(f.score + h * kTokens + (first + t) * kBlock,
+            _mm512_mask_blend_ps(c.listed[first + t], never, score));
+    }
+  }
+}
+
+// As `soften` of a block, for a chunk's scores of heads from `head` on.
+template <int H>
+QUEST_APART void soften_chunk(const PackedChunk& c, int64_t head, FoldedChunk<H>& f) {
+  Vec totals[4];
+  for (int h = 0; h < 4; ++h) totals[h] = set1(0.0f);
+  for (int h = 0; h < H; ++h) {
+    const int64_t at = (head + h) * c.stride;
+    float* x = f.score + h * kTokens;
+    Vec high = load(x);
+    for (int t = 1; t < c.tiles; ++t) high = max(high, load(x + t * kBlock));
+    const float seen = c.maximum[at], highest = top(high);
+    if (highest > seen) {
+      const Vec shrink = set1(first_lane(exp_negative(set1(seen - highest))));
+      c.maximum[at] = highest;
+      c.total[at] *= first_lane(shrink);
+      float* sum = c.sum + at;
+      for (int64_t d = 0; d < c.layout->dim; d += kLanes)
+        store(sum + d, mul(load(sum + d), shrink));
+    }
+    const Vec offset = set1(c.maximum[at]);
+    for (int t = 0; t < c.tiles; ++t) {
+      const Vec e = exp_negative(sub(load(x + t * kBlock), offset));
+      store(x + t * kBlock, e);
+      totals[h] = add(totals[h], e);
+    }
+  }
+  float total[4];
+  _mm_storeu_ps(total, sums(totals));
+  for (int h = 0; h < H; ++h) c.total[(head + h) * c.stride] += total[h];
+}
+
+template <int H>
+QUEST_APART void fold_values(const PackedChunk& c, float middle, FoldedChunk<H>& f) {
+  const PackedLayout& l = *c.layout;
+  const int groups = static_cast<int>(l.dim / l.width);
+  const auto halves_of = [&](int t, int g, int64_t part) {
+    const int64_t at = part + 2 * (g * l.group + c.tile[t] * kBlock);
+    if (c.next[t] != nullptr) ask(c.next[t] + at, 32);
+    return halves(c.block[t] + at);
+  };
+  const auto scales = [&](int t, int g) { return halves_of(t, g, l.value_scales); };
+  const auto minima = [&](int t, int g, Vec scale) {
+    return fma(set1(middle), scale, halves_of(t, g, l.value_minima));
+  };
+  for (int g = 0; g < groups; ++g) {
+    Vec low[4];
+    for (int h = 0; h < 4; ++h) low[h] = set1(0.0f);
+    for (int t = 0; t < c.tiles; t += 2) {
+      const bool two = t + 1 < c.tiles;
+      const Vec scale = scales(t, g), more = scales(two ? t + 1 : t, g);
+      const Vec minimum = minima(t, g, scale), beside = minima(two ? t + 1 : t, g, more);
+      uint32_t* to = f.weight_of(t, g);
+      for (int h = 0; h < H; ++h) {
+        const float* p = f.score + h * kTokens + t * kBlock;
+        const Vec one = load(p), other = two ? load(p + kBlock) : set1(0.0f);
+        low[h] = fma(other, beside, fma(one, minimum, low[h]));
+        put_pairs(to + h * kBlock, mul(one, scale), mul(other, more));
+      }
+    }
+    _mm_storeu_ps(f.minima + g * 4, sums(low));
+  }
+}
+
+// Vectors [first, first + C) of 16 channels; every two of them share their group if kPaired.
+template <int B, int H, int C, bool kPaired>
+QUEST_APART void packed_values(const PackedChunk& c, int64_t head, int first, __m512i table,
+                               FoldedChunk<H>& f) {
+  const PackedLayout& l = *c.layout;
+  constexpr int kShare = kPaired ? 2 : 1, kStrips = 8 / kEach<B>;
+  int group[C];
+  for (int i = 0; i < C; ++i) group[i] = static_cast<int>((first + i) * kLanes / l.width);
+  Vec sum[H][C];
+  for (int h = 0; h < H; ++h) {
+    const float* from = c.sum + (head + h) * c.stride + first * kLanes;
+    for (int i = 0; i < C; ++i) {
+      sum[h][i] = add(load(from + i * kLanes), set1(f.minima[group[i] * 4 + h]));
+    }
+  }
+  for (int t = 0; t < c.tiles; ++t) {
+    const int64_t at = l.value_codes + c.tile[t] * l.tile_bytes;
+    const uint8_t* tile = c.block[t] + at;
+    const uint8_t* ahead = c.next[t] == nullptr ? tile : c.next[t] + at;
+    const uint32_t* weight[C / kShare];
+    for (int i = 0; i < C / kShare; ++i) {
+      weight[i] = f.weight_of(t, group[i * kShare]);
+    }
+    for (int s = 0; s < kStrips; ++s) {
+      Strip<B> strip[C];
+      for (int i = 0; i < C; ++i) {
+        strip[i] = Strip<B>(tile, (first + i) * kStrips + s, l.high_plane);
+        ask(ahead + ((first + i) * kStrips + s) * 64, 64);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kEach<B>; ++j) {
+        __m512bh value[C];
+        for (int i = 0; i < C; ++i) value[i] = strip[i].next(table);
+        for (int h = 0; h < H; ++h) {
+          for (int i = 0; i < C; ++i) {
+            const __m512bh p = everywhere(weight[i / kShare][h * kBlock + s * kEach<B> + j]);
+            sum[h][i] = _mm512_dpbf16_ps(sum[h][i], p, value[i]);
+          }
+        }
+      }
+    }
+  }
+  for (int h = 0; h < H; ++h) {
+    float* to = c.sum + (head + h) * c.stride + first * kLanes;
+    for (int i = 0; i < C; ++i) store(to + i * kLanes, sum[h][i]);
+  }
+}
+
+template <int B, int H>
+void packed_heads(const PackedChunk& c, int64_t head) {
+  const PackedLayout& l = *c.layout;
+  const Levels keys(c.levels, B), values(c.levels + (1 << B), B);
+  FoldedChunk<H> f;
+  for (int t = 0; t < c.tiles;) {
+    const bool two = t + 1 < c.tiles && c.block[t + 1] == c.block[t];
+    if (t == 0 || c.block[t] != c.block[t - 1]) {
+      fold_keys<H>(c, t, c.q + head * l.dim, keys.middle, f);
+    }
+    if (two) {
+      packed_keys<B, H, 2>(c, t, keys.table, f);
+    } else {
+      packed_keys<B, H, 1>(c, t, keys.table, f);
+    }
+    t += two ? 2 : 1;
+  }
+  soften_chunk<H>(c, head, f);
+  fold_values<H>(c, values.middle, f);
+  const int vectors = static_cast<int>(l.dim / kLanes);
+  const bool paired = l.width % (2 * kLanes) == 0;
+  int first = 0;
+  for (; paired && first + 4 <= vectors; first += 4) {
+    packed_values<B, H, 4, true>(c, head, first, values.table, f);
+  }
+  for (; first < vectors; ++first) {
+    packed_values<B, H, 1, false>(c, head, first, values.table, f);
+  }
+}
+
+template <int B>
+void packed_bits(const PackedChunk& c) {
+  int64_t head = 0;
+  for (; head + 4 <= c.heads; head += 4) packed_heads<B, 4>(c, head);
+  const int64_t left = c.heads - head;
+  if (left == 3) packed_heads<B, 3>(c, head);
+  if (left == 2) packed_heads<B, 2>(c, head);
+  if (left == 1) packed_heads<B, 1>(c, head);
+}
+
+void packed_chunk(const PackedChunk& c) {
+  if (c.layout->bits == 2) packed_bits<2>(c);
+  if (c.layout->bits == 3) packed_bits<3>(c);
+  if (c.layout->bits == 4) packed_bits<4>(c);
+}
+
+#undef QUEST_APART
+
+}  // namespace
