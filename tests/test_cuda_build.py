@@ -30,6 +30,8 @@ MOST_REGISTERS = {
     "decode_attend_kernel": 168,
     "attend_kernel": 168,
     "probabilities_kernel": 32,
+    "linear4_kernel": 128,
+    "widen4_kernel": 40,
 }
 #: fp32, bf16 and fp16; where a row's lanes matter, three widths of each.
 INSTANCES = {
@@ -40,6 +42,8 @@ INSTANCES = {
     "attend_kernel": 9,
     "decode_scores_kernel": 9,
     "decode_attend_kernel": 9,
+    "linear4_kernel": 6,
+    "widen4_kernel": 3,
 }
 
 pytestmark = pytest.mark.skipif(
