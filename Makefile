@@ -8,7 +8,7 @@ ARGS ?=
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/*.h kernels/*.cpp kernels/cpu/* kernels/cuda/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sweep paper lint format bench clean
+.PHONY: help setup test sweep paper doctor chaos lint format bench clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -36,6 +36,12 @@ sweep: setup ## Run a sweep: make sweep ARGS='grid.budget=[256,512]'.
 
 paper: setup ## Draw every figure of the paper: about half an hour on 2 cores.
 	$(BIN)/python -m quest_dist.sweep +sweep=paper $(ARGS)
+
+doctor: setup ## Say what of this machine works, what does not and what to do.
+	$(BIN)/python -m quest_dist.doctor $(ARGS)
+
+chaos: setup ## Kill a sweep's processes at random, 20 times, and check that nothing is lost.
+	$(BIN)/python -m tests.chaos --kills 20 --seed 1 $(ARGS)
 
 lint: setup ## Lint and check types only.
 	$(BIN)/ruff check

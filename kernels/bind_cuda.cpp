@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cuda/ops.h"
+#include "packed_layout.h"
 
 namespace py = pybind11;
 
@@ -109,6 +110,36 @@ void decode(const Launch& launch, const Pages& pages, const Strided& q, const St
                       at<void>(workspace));
 }
 
+quest::Packed make_packed(Address data, Address table, Address keys, Address values, Address levels,
+                          int64_t blocks, int64_t row_blocks, int64_t bits, int64_t group) {
+  return {at<uint8_t>(data),
+          at<const int32_t>(table),
+          at<const int32_t>(keys),
+          at<const int32_t>(values),
+          at<const float>(levels),
+          blocks,
+          row_blocks,
+          bits,
+          group};
+}
+
+void pack(const Launch& launch, const Pages& pages, const quest::Packed& packed, Address keys,
+          Address values) {
+  quest::cuda::pack(launch, pages, packed, quest::layout_of(packed, pages.dim),
+                    at<const int32_t>(keys), at<const int32_t>(values));
+}
+
+void attend_packed(const Launch& launch, const Pages& pages, const quest::Packed& packed, Address q,
+                   int64_t heads, Address lengths, const Selection& selection, float scale,
+                   Address out, Address attended, Address read, Address lse, Address counters,
+                   Address workspace) {
+  const quest::Attended result{
+      at<void>(out), at<int32_t>(attended), at<int32_t>(read), at<float>(lse), nullptr, 0};
+  quest::cuda::attend_packed(launch, pages, packed, quest::layout_of(packed, pages.dim),
+                             at<const void>(q), heads, at<const int32_t>(lengths), selection, scale,
+                             result, at<int32_t>(counters), at<void>(workspace));
+}
+
 void token_scores(const Launch& launch, const Pages& pages, Address q, int64_t heads,
                   Address lengths, float scale, Address out, int64_t width) {
   quest::cuda::token_scores(launch, pages, at<const void>(q), heads, at<const int32_t>(lengths),
@@ -144,7 +175,10 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<Selection>(m, "Selection", py::module_local()).def(py::init(&make_selection));
   py::class_<Angles>(m, "Angles", py::module_local()).def(py::init(&make_angles));
   py::class_<quest::Int4>(m, "Int4", py::module_local()).def(py::init(&make_int4));
+  py::class_<quest::Packed>(m, "Packed", py::module_local()).def(py::init(&make_packed));
   m.def("append", &append);
+  m.def("pack", &pack);
+  m.def("attend_packed", &attend_packed);
   m.def("page_scores", &page_scores);
   m.def("select_top", &select_top);
   m.def("attend", &attend);

@@ -38,6 +38,14 @@ struct Packed {
   int64_t blocks, row_blocks, bits, group;
 };
 
+// Offsets in a block, in bytes; see packed_layout.h.
+struct PackedLayout {
+  int bits;
+  int64_t dim, group, width;  // width: channels of a group of values
+  int64_t vectors, high_plane, tile_bytes;
+  int64_t value_scales, value_minima, key_codes, value_codes, bytes;
+};
+
 struct Strided {  // [R, G, n, D] whose last dimension is contiguous; strides in elements
   const void* data;
   int64_t row, head, token;
@@ -136,7 +144,7 @@ void prefer_huge_pages(void* data, int64_t bytes);
 void gather(const Pages& pages, int64_t length, void* k, void* v, int threads);
 
 // Packs tokens [keys[r], packed.keys[r]) and [values[r], packed.values[r]) of every row. Rows may
-// share blocks, but a token of a block is one row's to pack.
+// share blocks, but only one may write into a block in a call.
 void pack(const Pages& pages, const Packed& packed, const int32_t* keys, const int32_t* values,
           int threads);
 

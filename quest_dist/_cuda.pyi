@@ -27,6 +27,20 @@ class Strided:
 class Angles:
     def __init__(self, cos: int, sin: int, cos_row: int, sin_row: int, wide: bool) -> None: ...
 
+class Packed:
+    def __init__(
+        self,
+        data: int,
+        table: int,
+        keys: int,
+        values: int,
+        levels: int,
+        blocks: int,
+        row_blocks: int,
+        bits: int,
+        group: int,
+    ) -> None: ...
+
 class Selection:
     def __init__(self, index: int, count: int, lists: int, width: int, unit: int) -> None: ...
 
@@ -59,6 +73,23 @@ def select_top(
     index: int,
     width: int,
     count: int,
+) -> None: ...
+def pack(launch: Launch, pages: Pages, packed: Packed, keys: int, values: int) -> None: ...
+def attend_packed(
+    launch: Launch,
+    pages: Pages,
+    packed: Packed,
+    q: int,
+    heads: int,
+    lengths: int,
+    selection: Selection,
+    scale: float,
+    out: int,
+    attended: int,
+    read: int,
+    lse: int,
+    counters: int,
+    workspace: int,
 ) -> None: ...
 def attend_workspace_bytes(rows: int, heads: int, dim: int) -> int: ...
 def attend(

@@ -92,11 +92,30 @@ def identified(spec: Spec, model: Mapping[str, Any]) -> Spec:
     return with_content(spec, {**kept, "artefact": content})
 
 
-def check(path: Path, kind: str, settings: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the file is an artefact of this kind, model and these settings."""
+def check_named(spec: Spec) -> None:
+    """Raise ValueError where a method needs an artefact and names none, or one of another kind or
+    setting; for models that have no identity here, so that nothing can be made or looked up."""
+    kind, path = kind_of(spec), spec.settings.get("artefact")
+    if kind is None:
+        return
+    if path is None:
+        raise ValueError(
+            f"method={spec.name!r} needs artefact=FILE, made for this model:"
+            f" python -m quest_dist.calibrate {spec.name} --out FILE"
+        )
+    check(Path(path), kind, vars(spec.build()), None)
+
+
+def check(
+    path: Path, kind: str, settings: Mapping[str, Any], model: Mapping[str, Any] | None
+) -> None:
+    """Raise ValueError unless the file is an artefact of this kind, these settings and, where it
+    is known, this model."""
     header = header_of(path)
-    wanted = recipe(kind, settings, model, header.get("text", ""))
+    wanted = recipe(kind, settings, model or {}, header.get("text", ""))
     for part in ("kind", "version", "settings", "model"):
+        if part == "model" and model is None:
+            continue
         if canonical(header.get(part)) != canonical(wanted[part]):
             raise ValueError(
                 f"artefact={str(path)!r}: made for {part} {canonical(header.get(part))}, needed is"
@@ -121,9 +140,14 @@ def header_of(path: Path) -> dict[str, Any]:
     return dict(header)
 
 
-@functools.lru_cache(maxsize=8)
 def read(path: str) -> dict[str, Tensor]:
-    """The tensors of an artefact, on the CPU; kept while they are among the last few in use."""
+    """The tensors of an artefact, on the CPU; kept while they are among the last few in use and
+    the file is the same."""
+    return _read(path, Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: str, written: int) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return dict(load_file(path))
@@ -151,6 +175,8 @@ def made(loaded: LoadedModel, kind: str, settings: Mapping[str, Any]) -> str:
     if not place.is_file():
         with _alone(place):
             if not place.is_file():
+                for torn in place.parent.glob(f".{place.name}-*"):  # of a process that was killed
+                    torn.unlink(missing_ok=True)
                 make(loaded, what, text, place)
     return str(place)
 
@@ -161,7 +187,6 @@ def make(loaded: LoadedModel, what: Mapping[str, Any], text: str, place: Path) -
     Raises ValueError for a text that is too short.
     """
     import torch
-    from safetensors.torch import save_file
 
     module = calibrator(what["kind"])
     wanted = module.SEQUENCES * module.LENGTH
@@ -170,10 +195,19 @@ def make(loaded: LoadedModel, what: Mapping[str, Any], text: str, place: Path) -
         raise ValueError(
             f"text of {len(ids)} tokens: {what['kind']} reads {module.SEQUENCES} x {module.LENGTH}"
         )
-    tokens = torch.tensor(ids[:wanted]).view(module.SEQUENCES, module.LENGTH)
+    apart = len(ids) // module.SEQUENCES  # sequences are spread over the text
+    starts = range(0, apart * module.SEQUENCES, apart)
+    tokens = torch.tensor([ids[start : start + module.LENGTH] for start in starts])
     # Inference tensors could not be trained on.
     with torch.inference_mode(False):
         tensors = module.make(loaded, tokens.to(loaded.device), what["settings"])
+    write(tensors, what, place)
+
+
+def write(tensors: Mapping[str, Tensor], what: Mapping[str, Any], place: Path) -> None:
+    """Write an artefact with its recipe to `place`, all or nothing."""
+    from safetensors.torch import save_file
+
     place.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{place.name}-", dir=place.parent)
     os.close(handle)

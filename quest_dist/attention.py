@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quest_dist import artefacts
 from quest_dist.arguments import check_device
+from quest_dist.attention_inputs import turned
 from quest_dist.batch import Group, new_batch
 from quest_dist.folders import find
 from quest_dist.methods.method import Method
@@ -162,13 +164,7 @@ class Patch:
 
     def rotate(self, q: Tensor, distance: Tensor) -> Tensor:
         """Turn rotary-embedded q [R, H, D] by `distance` [R] positions, in fp32."""
-        rotary = self.model.base_model.rotary_emb
-        cos, sin = cast(nn.Module, rotary)(q.float(), distance[:, None].to(q.device))
-        strength = float(getattr(rotary, "attention_scaling", 1.0))
-        first, second = q.float().chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        result: Tensor = (q.float() * cos + turned * sin) / strength
-        return result.to(q.dtype)
+        return turned(self.model, q, distance)
 
 
 _PATCHES: WeakKeyDictionary[nn.Module, Patch] = WeakKeyDictionary()
@@ -310,6 +306,7 @@ def patched(
         probe.check_budget(budget, page_size)
     elif budget is not None:
         raise ValueError(f"budget={budget}: method {method!r} has no budget")
+    artefacts.check_named(spec)
     probe.check_backend(model.device.type, str(model.dtype), geometry_of(model).head_dim)
 
     def fresh_groups(rows: int) -> list[Group]:

@@ -1,6 +1,6 @@
 """Make a method's artefact from a text: `python -m quest_dist.calibrate METHOD --out FILE`.
 
-    python -m quest_dist.calibrate kvquant bits=3 --text book.txt --out kvquant.safetensors
+    python -m quest_dist.calibrate kvquant3 outliers=0.02 --text book.txt --out kvquant.safetensors
 
 `METHOD` and `--model` are options of conf/; settings that go into the making are given as
 name=value. Use the file with `method.METHOD.artefact=FILE`; it is refused for another model or
@@ -60,7 +60,10 @@ def calibrate(
     made_of = artefacts.recipe(
         kind, vars(spec.build()), loaded.identity, artefacts.text_digest(text)
     )
-    artefacts.make(loaded, made_of, text, out)
+    try:
+        artefacts.make(loaded, made_of, text, out)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error})") from error
     print(f"{out}: {kind} of {model}; use it with method.{method}.artefact={out}")
 
 

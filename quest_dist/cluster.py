@@ -14,6 +14,10 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from quest_dist import node_types
+from quest_dist.node_types import NodeType
 
 BACKENDS = ("ray", "inline")
 DEVICES = ("auto", "cpu", "cuda")
@@ -32,7 +36,8 @@ class Cluster:
     `cpus_per_worker` is also a worker's number of threads. `max_failures`: times that a unit is
     tried again after its worker broke. `check_memory`: units that need more memory, by estimate,
     than this machine (or its smallest GPU) has are not begun. `env`: environment variables for the
-    workers of an attached cluster.
+    workers of an attached cluster. `node_types`: kinds of its nodes, by a name of yours; where
+    there are any, units go to nodes of these kinds alone (see node_types).
     """
 
     backend: str = "ray"
@@ -45,6 +50,12 @@ class Cluster:
     max_failures: int = 2
     check_memory: bool = True
     env: dict[str, str] = field(default_factory=dict)
+    node_types: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def types(self) -> dict[str, NodeType]:
+        """`node_types`, read; ValueError for what is none."""
+        return node_types.read(self.node_types)
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,9 @@ def check(cluster: Cluster) -> None:
             f"cluster.device={cluster.device} contradicts cluster.gpus_per_worker={gpus:g};"
             " leave one of them out"
         )
+    if cluster.node_types and cluster.address is None:
+        raise ValueError("cluster.node_types: one machine has one type; set cluster.address, too")
+    node_types.check(cluster.types)
 
 
 def gpus_of(cluster: Cluster) -> float:
@@ -185,10 +199,10 @@ def available_memory() -> int:
 
 
 def worker_memory(cluster: Cluster) -> int | None:
-    """Bytes that one worker can have at most; None where that is not known here (another machine,
-    or no nvidia-smi)."""
+    """Bytes that one worker can have at most; None where that is not known here (another machine
+    whose node types say nothing, or no nvidia-smi)."""
     if cluster.address is not None:
-        return None
+        return node_types.largest(cluster.types, gpus_of(cluster))
     gpus = gpus_of(cluster)
     if not gpus:
         found = re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo"))

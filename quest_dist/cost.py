@@ -157,3 +157,9 @@ def worker_bytes(points: tuple[Point, ...]) -> int:
     cache = token_bytes(first) * (size.context + rows * (size.steps + first.page_size))
     activations = ACTIVATION_BYTES * size.context * int(facts["hidden"])
     return PROCESS_BYTES + int(weight_bytes(first, stored=True)) + cache + activations
+
+
+def needs(unit: Unit) -> int:
+    """Return the memory of a worker that runs a unit; 0 where its model states no shape, of which
+    nothing is known."""
+    return worker_bytes(unit.points) if unit.first.model.settings.get("shape") else 0

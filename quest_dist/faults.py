@@ -18,7 +18,10 @@ from quest_dist.arguments import Arguments
 from quest_dist.backend import compiled_cuda
 
 # The names that kernels/cuda/ops.h numbers from 1 on.
-KINDS = ("lengths", "page_table", "count", "index", "twice", "starts", "items", "keep")
+KINDS = (
+    *("lengths", "page_table", "count", "index", "twice", "starts", "items", "keep"),
+    *("packed.table", "packed.keys", "packed.values"),
+)
 
 debug = os.environ.get("QUEST_DEBUG") == "1"
 
@@ -96,6 +99,10 @@ def _expected(a: Arguments, kind: str) -> str:
         return f": {size['n']} tokens from there do not fit the row's {slots} slots"
     if kind == "items":
         return f", but scores has {size['M']} a row"
+    if kind == "packed.table":
+        return f", but the blocks are 0..{size['B'] - 1}"
+    if kind in ("packed.keys", "packed.values"):
+        return "; expected no more than the row's tokens and blocks hold, keys in whole groups"
     return ", but force_last keeps at least the last item"
 
 

@@ -175,7 +175,7 @@ def _round(
             progress.failure(unit, message)
             changed()
 
-        return run_units(units, workers, on_report, on_failure)
+        return run_units(units, workers, on_report, on_failure, work.seconds)
 
 
 @contextlib.contextmanager
@@ -188,6 +188,7 @@ def _following(
         return
     follower = Follower(lambda: tracker.sync(reported.rows(sweep, ledger, made)))
     follower.start()
+    follower.notify()  # to connect while workers start: a new database is seconds of computing
     try:
         yield follower.notify
     finally:

@@ -158,8 +158,9 @@ class Ledger:
             before = db.total_changes
             db.executemany("insert or ignore into record values (?, ?, ?, ?)", good)
             added = db.total_changes - before
-            keys = [row[:2] for row in good]
-            db.executemany("delete from failure where point = ? and sample = ?", keys)
+            if db.execute("select exists (select 1 from failure)").fetchone()[0]:
+                keys = [row[:2] for row in good]
+                db.executemany("delete from failure where point = ? and sample = ?", keys)
             db.executemany(
                 "insert or replace into failure select ?1, ?2, ?3, ?4 where not exists"
                 " (select 1 from record where point = ?1 and sample = ?2)",

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
 from quest_dist.projection import Dataset, Run
 
@@ -92,6 +93,9 @@ class Store:
             self.experiment_id = str(found.experiment_id)
         else:
             self.experiment_id = _created(client, experiment, artifacts)
+        place = urlparse(client.get_experiment(self.experiment_id).artifact_location)
+        local = artifacts is not None and place.scheme == "file" and not place.netloc
+        self._folder = Path(unquote(place.path)) if local else None
         self._known: dict[tuple[str, str], Seen] = {}
         mine = [f"tags.`{name}` = '{self.tags[name]}'" for name in ("quest.origin", "quest.sweep")]
         page: str | None = ""
@@ -192,11 +196,10 @@ class Store:
         """
         from mlflow.entities import Metric, Param, RunTag
 
-        if run.dataset is not None:
-            self.client.log_inputs(run_id, datasets=[_input(run.dataset)])
+        if run.datasets:
+            self.client.log_inputs(run_id, datasets=list(map(_input, run.datasets)))
         if run.samples is not None:
-            text = json.dumps(run.samples, ensure_ascii=False)
-            self.client.log_text(run_id, text, "samples.json")
+            self.log_text(run_id, json.dumps(run.samples, ensure_ascii=False), "samples.json")
         metrics = [Metric(n, v, at, s) for n, v, s, at in run.metrics if held.get((n, s)) != v]
         while len(metrics) > BATCH:
             self.client.log_batch(run_id, metrics=metrics[:BATCH])
@@ -204,6 +207,19 @@ class Store:
         params = [Param(name, value) for name, value in run.params.items()]
         noted = [RunTag(k, v) for k, v in {**tags, "quest.digest": run.digest}.items()]
         self.client.log_batch(run_id, metrics, params, noted)
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """Make a text an artifact of a run.
+
+        Where the experiment keeps artifacts in a folder of this machine, it is written there:
+        MLflow would read the run from its store to find the same.
+        """
+        if self._folder is None:
+            self.client.log_text(run_id, text, name)
+            return
+        path = self._folder / run_id / "artifacts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
     def _close(self, run_id: str, run: Run) -> None:
         if run.status == "RUNNING":

@@ -19,6 +19,7 @@ from quest_dist.arguments import DTYPES, WORD, Arguments, one_token, strided
 from quest_dist.backend import compiled_cuda
 from quest_dist.faults import check, fault_of
 from quest_dist.metadata import Int8Metadata
+from quest_dist.packing import Packed
 from quest_dist.reference import Attended
 
 if TYPE_CHECKING:
@@ -227,6 +228,75 @@ def decode(
     named = {"page_table": page_table, "lengths": lengths}
     check(a, None, **named if keep is None else {**named, "keep": keep})
     return result
+
+
+def pack(
+    a: Arguments, packed: Packed, kv: Tensor, page_table: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """ops.pack."""
+    native = compiled_cuda()
+    pages, held = a.pages(native, kv, page_table), a.packed(native, packed)
+    native.pack(_launch(kv), pages, held, keys.data_ptr(), values.data_ptr())
+    check(a, page_table=page_table, **_named(packed))
+
+
+def attend_packed(
+    a: Arguments,
+    q: Tensor,
+    kv: Tensor,
+    packed: Packed,
+    page_table: Tensor,
+    lengths: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    kind: int,
+    scale: float,
+) -> Attended:
+    """ops.attend_packed; `kind` counts in ops.UNITS."""
+    native, rows, heads, device = compiled_cuda(), a["R"], a["H"], kv.device
+    q = _in_words(q)
+    result = Attended(
+        out=torch.empty_like(q),
+        attended=torch.empty(rows, heads, dtype=torch.int32, device=device),
+        read=torch.empty(rows, a["G"], dtype=torch.int32, device=device),
+        probabilities=None,
+        lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
+    )
+    size = native.attend_workspace_bytes(rows, heads, a["D"])
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    counters = _zero_counters(device, rows * heads)
+    launch, pages = _launch(kv), a.pages(native, kv, page_table)
+    selection = a.selection(native, index, count, kind)
+    native.attend_packed(
+        launch,
+        pages,
+        a.packed(native, packed),
+        q.data_ptr(),
+        heads,
+        lengths.data_ptr(),
+        selection,
+        scale,
+        result.out.data_ptr(),
+        result.attended.data_ptr(),
+        result.read.data_ptr(),
+        result.lse.data_ptr(),
+        counters.data_ptr(),
+        workspace.data_ptr(),
+    )
+    named = {} if index is None or count is None else {"index": index, "count": count}
+    look = (
+        None
+        if index is None
+        else lambda: native.check_lists(launch, pages, lengths.data_ptr(), selection)
+    )
+    check(a, look, page_table=page_table, lengths=lengths, **named, **_named(packed))
+    return result
+
+
+def _named(packed: Packed) -> dict[str, Tensor]:
+    """What a fault of packed tokens names."""
+    names = ("table", "keys", "values")
+    return {f"packed.{name}": getattr(packed, name) for name in names}
 
 
 def token_scores(

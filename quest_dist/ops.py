@@ -37,7 +37,7 @@ from quest_dist.backend import (
     threads,
 )
 from quest_dist.metadata import Int8Metadata
-from quest_dist.packed import attend_packed, pack
+from quest_dist.packed import allocate_blocks, attend_packed, pack
 from quest_dist.prefill import column_sums, prefill_attend
 from quest_dist.reference import Attended
 
@@ -50,6 +50,7 @@ __all__ = [
     "Reduce",
     "Through",
     "Unit",
+    "allocate_blocks",
     "allocate_pages",
     "append",
     "attend",

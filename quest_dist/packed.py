@@ -13,18 +13,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quest_dist import on_cpu, reference_packed
+from quest_dist import on_cpu, on_cuda, reference_packed
 from quest_dist.arguments import Arguments
 from quest_dist.backend import by_reference
 from quest_dist.packing import Layout, Packed
 from quest_dist.reference import Attended
 
 
+def allocate_blocks(
+    blocks: int,
+    kv_heads: int,
+    layout: Layout,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Zeroed blocks uint8 [blocks, G, bytes] for `Packed.blocks`."""
+    made = torch.empty(blocks, kv_heads, layout.bytes, dtype=torch.uint8, device=device)
+    if not by_reference() and made.device.type == "cpu":
+        on_cpu.prefer_huge_pages(made)
+    return made.zero_()
+
+
 def pack(packed: Packed, kv: Tensor, page_table: Tensor, keys: Tensor, values: Tensor) -> None:
     """Pack the keys of tokens keys[r] to packed.keys[r], and alike values, of each row of a layer.
 
     keys, values int32 [R]: what is packed already, or another row packs: rows may share blocks, but
-    no two may write the same token. A block's levels must be 0, 1, ... (`packing.uniform`).
+    only one may write into a block in a call. A block's levels must be 0, 1, ... (`packing.uniform`).
     """
     a = Arguments("pack")
     a.take_pool(kv, page_table, None)
@@ -33,7 +46,8 @@ def pack(packed: Packed, kv: Tensor, page_table: Tensor, keys: Tensor, values: T
     a.of_dtype("values", values, "R")
     if by_reference():
         return reference_packed.pack(packed, kv, page_table, keys, values)
-    on_cpu.pack(a, packed, kv, page_table, keys, values)
+    run = on_cuda.pack if kv.is_cuda else on_cpu.pack
+    run(a, packed, kv, page_table, keys, values)
 
 
 def attend_packed(
@@ -59,7 +73,8 @@ def attend_packed(
     if by_reference():
         place = (kv, packed, page_table, lengths)
         return reference_packed.attend(q, *place, index, count, unit, scale)
-    return on_cpu.attend_packed(a, q, kv, packed, page_table, lengths, index, count, kind, scale)
+    run = on_cuda.attend_packed if kv.is_cuda else on_cpu.attend_packed
+    return run(a, q, kv, packed, page_table, lengths, index, count, kind, scale)
 
 
 def _check(a: Arguments, packed: Packed) -> None:

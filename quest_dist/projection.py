@@ -14,7 +14,7 @@ times are the records' own. Three kinds of runs, all of one sweep:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -64,14 +64,14 @@ class Run:
     params: Mapping[str, str]
     tags: Mapping[str, str]
     parent: str = ""  # key of the curve
-    dataset: Dataset | None = None
+    datasets: tuple[Dataset, ...] = ()
     samples: Mapping[str, Any] | None = None  # a table, columns and data
 
     @cached_property
     def digest(self) -> str:
         """A name for all of the above: equal digests need no writing."""
         plain = {part.name: getattr(self, part.name) for part in fields(self)}
-        plain["dataset"] = self.dataset and asdict(self.dataset)
+        plain["datasets"] = [asdict(dataset) for dataset in self.datasets]
         plain["metrics"] = [list(metric) for metric in self.metrics]
         return plan.digest(plain)
 
@@ -129,13 +129,18 @@ def point_run(row: Row, identity: Mapping[str, Any], records: Sequence[Record]) 
         params=_params(row, identity),
         tags=tags,
         parent=curve_key(row),
-        dataset=_dataset(row, identity),
         samples=_samples(records),
     )
 
 
-def curve_runs(rows: Sequence[Row]) -> list[Run]:
-    """One run a method and setting that has points to show; its dots are the finished ones."""
+def curve_runs(
+    rows: Sequence[Row], identity: Callable[[str], Mapping[str, Any] | None]
+) -> list[Run]:
+    """One run a method and setting that has points to show; its dots are the finished ones.
+
+    It names the data of its points (`identity` is what a point key stands for): a call to MLflow a
+    point would cost as much as its values do.
+    """
     grouped: dict[str, list[Row]] = {}
     for row in rows:
         if row.status != "missing":
@@ -169,6 +174,7 @@ def curve_runs(rows: Sequence[Row]) -> list[Run]:
                     "charts, step is the token budget.",
                     **_shared(first),
                 },
+                datasets=_datasets(members, identity),
             )
         )
     return runs
@@ -257,10 +263,17 @@ def _params(row: Row, identity: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value)[:LONGEST_TEXT] for key, value in list(params.items())[:30]}
 
 
-def _dataset(row: Row, identity: Mapping[str, Any]) -> Dataset:
-    read = identity.get("data", {"name": row.data})
-    parts = [read, identity.get("task", {}), row.seed]
-    return Dataset(f"{row.task} ({row.data})"[:500], plan.digest(parts), row.data)
+def _datasets(
+    rows: Iterable[Row], identity: Callable[[str], Mapping[str, Any] | None]
+) -> tuple[Dataset, ...]:
+    found: dict[str, Dataset] = {}
+    for row in rows:
+        if row.task not in found:
+            known = identity(row.point) or {}
+            read = known.get("data", {"name": row.data})
+            digest = plan.digest([read, known.get("task", {}), row.seed])
+            found[row.task] = Dataset(f"{row.task} ({row.data})"[:500], digest, row.data)
+    return tuple(found.values())
 
 
 def _details(records: Sequence[Record]) -> dict[str, float]:

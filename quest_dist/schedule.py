@@ -30,9 +30,16 @@ Report = dict[str, Any]
 OnReport = Callable[[Report], None]
 OnFailure = Callable[[Unit, str], None]
 RunUnit = Callable[[Mapping[str, Any], Mapping[str, Any]], Iterator[Report]]
+#: What a unit takes by estimate.
+Seconds = Callable[[Unit], float]
 #: Runs units on workers; False when the user interrupted.
-RunUnits = Callable[[Sequence[Unit], Workers, OnReport, OnFailure], bool]
+RunUnits = Callable[[Sequence[Unit], Workers, OnReport, OnFailure, Seconds], bool]
 WORKER = "quest_dist.worker:run"
+
+
+def samples(unit: Unit) -> float:
+    """A unit's samples: its length where nobody says better."""
+    return float(len(unit.samples))
 
 
 @dataclass
@@ -44,6 +51,7 @@ class Round:
 
     units: Sequence[Unit]
     on_report: OnReport
+    seconds: Seconds = samples
     delivered: dict[str, set[int]] = field(default_factory=dict)
     broken: dict[str, tuple[str, bool]] = field(default_factory=dict)
     interrupted: bool = False
@@ -82,11 +90,15 @@ def opened(cluster: Cluster, storage: Path, run_unit: str = WORKER) -> Iterator[
         tuned: list[Callable[[Round, Workers], None]] = []
 
         def run(
-            units: Sequence[Unit], workers: Workers, on_report: OnReport, on_failure: OnFailure
+            units: Sequence[Unit],
+            workers: Workers,
+            on_report: OnReport,
+            on_failure: OnFailure,
+            seconds: Seconds = samples,
         ) -> bool:
             if cluster.backend == "inline":
                 inline = Inline(workers, run_unit)
-                return _rounds(units, cluster, on_report, on_failure, inline)
+                return _rounds(units, cluster, on_report, on_failure, seconds, inline)
             from quest_dist.schedule_ray import Tuned
 
             try:
@@ -94,7 +106,7 @@ def opened(cluster: Cluster, storage: Path, run_unit: str = WORKER) -> Iterator[
                     started = Tuned(cluster, storage, run_unit, workers.count * workers.cpus)
                     tuned.append(stack.enter_context(started))
                 return _rounds(
-                    units, cluster, on_report, on_failure, lambda r: tuned[0](r, workers)
+                    units, cluster, on_report, on_failure, seconds, lambda r: tuned[0](r, workers)
                 )
             except KeyboardInterrupt:  # while Ray was starting
                 return False
@@ -107,10 +119,11 @@ def _rounds(
     cluster: Cluster,
     on_report: OnReport,
     on_failure: OnFailure,
+    seconds: Seconds,
     backend: Callable[[Round], None],
 ) -> bool:
     for attempt in range(cluster.max_failures + 1):
-        current = Round(units, on_report)
+        current = Round(units, on_report, seconds)
         backend(current)
         if current.error is not None:
             raise current.error

@@ -3,9 +3,10 @@
 A round is a fresh `Tuner` over the units that are left: what Tune stores is disposable, and
 continuing, retrying and widening a grid are the same thing to it. Trials of one model share a
 placement key (a few bytes of `memory` that differ by model), so that an actor is reused only for
-its own model. A cluster that was running before is attached to and left running.
+its own model. A cluster that was running before is attached to and left running; its nodes are
+looked at first (`schedule_ray_nodes`). Which trial is next stands in `schedule_ray_order`.
 
-Everything that concerns Ray is in this module.
+Everything that concerns Ray is in this module and those two.
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ import os
 import shutil
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import quest_dist
 from quest_dist import redact
 from quest_dist.cluster import Cluster, Workers, check_fits
+from quest_dist.plan import Unit
 from quest_dist.schedule import Round, by_model, can_retry, resolve, witnessed
-from quest_dist.spec import Spec
 from quest_dist.worker import Runtime, describe
 
 # Read by Ray when it is imported: no telemetry, no per-trial log files, no change of directory.
@@ -47,10 +47,21 @@ import ray  # noqa: E402
 import ray.exceptions  # noqa: E402
 from ray import tune  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
+from ray.air._internal import usage  # noqa: E402
 from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
-from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 
-REPLACEMENT_SECONDS = 120.0  # that a unit waits, at most, for the worker which starts for it
+from quest_dist import schedule_ray_nodes as nodes  # noqa: E402
+from quest_dist.schedule_ray_order import (  # noqa: E402
+    Dealing,
+    Dealt,
+    Replacing,
+    dealer_of,
+    key_of,
+)
+
+# To count callbacks for the telemetry that is off, Ray would import MLflow: a second, and 150 MiB.
+usage.tag_callbacks = lambda callbacks: False
+
 _JOINING = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 OBJECT_STORE_BYTES = 200 * 2**20  # reports are small; Ray would take 30 % of the memory
 #: Variables of the driver that the workers of an attached cluster get too.
@@ -70,6 +81,7 @@ class Tuned:
         self._started = False
         self._ending = threading.Event()
         self._rounds = 0
+        self._looked_at: set[str] = set()  # nodes
         self._secrets: dict[str, str] = {}
         self._joining = os.environ.get(_JOINING), ray_constants.ENABLE_RAY_CLUSTER
 
@@ -157,7 +169,6 @@ class Tuned:
                 f"cluster.address={address}: no Ray cluster answers there, or it asks for a token,"
                 f" which Ray sends to a named address only with RAY_AUTH_MODE=token ({error})"
             ) from error
-        _check_version()
 
     def __call__(self, current: Round, workers: Workers) -> None:
         """Run a round: every unit a trial, in the order given; one after the other where there is
@@ -169,40 +180,49 @@ class Tuned:
         ours = self._started and self.cluster.address is None
         if ours:
             cpus = math.floor(1000 * self.cpus / workers.count) / 1000
-        check_fits(cpus, workers.gpus, _nodes())
         self._rounds += 1
         models = by_model(current.units)
-        units, at_once = current.units, None
+        units, at_once = list(current.units), None
         if workers.count == 1 and not ours:
             # Others' CPUs would hold a second unit. Tune then knows of one trial at a time, so that
             # those of a model must follow each other to find it loaded.
             at_once = 1
             units = sorted(units, key=lambda unit: models[unit.first.model.canonical()])
-        # `import_path` lets workers find the evaluator where the driver found it (tests). Tune
-        # copies all units for each trial that it makes of one: texts are shared, dictionaries not.
-        config = {
-            "unit": tune.grid_search([json.dumps(unit.to_dict()) for unit in units]),
-            "runtime": Runtime(workers.cpus, workers.gpus).to_dict(),
-            "run_unit": self.run_unit,
-            "import_path": [p for p in sys.path if p],
-        }
+        need = {"CPU": cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+        check_fits(cpus, workers.gpus, [node.resources for node in nodes.living()])
+        dealing = None
+        if self.cluster.node_types:
+            dealer = dealer_of(current, units, self.cluster, need, at_once)
+            units = [unit for unit in units if unit.key not in current.broken]
+            if not units and self._rounds == 1:
+                first = current.units[0]
+                reason, _ = current.broken[first.key]
+                raise ValueError(f"{first.first.task.name} on {first.first.model.name}: {reason}")
+            if not units:
+                return
+            dealing = Dealing(dealer, need)
+        if self.cluster.address is not None:
+            self._look_at_nodes(units, need)
+        # Tune copies and writes down each trial's configuration, so that is short.
+        shared: dict[str, int] = {}
+        config = {"unit": tune.grid_search([_brief(unit, shared) for unit in units])}
+        numbers = {unit.key: models[unit.first.model.canonical()] for unit in units}
 
         def bundle(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
-            model = models[Spec.from_dict(json.loads(config["unit"])["model"]).canonical()]
-            need = {"CPU": cpus, "memory": 1024.0 * (1 + model)}
-            return tune.PlacementGroupFactory(
-                [need | ({"GPU": workers.gpus} if workers.gpus else {})]
-            )
+            model = numbers[key_of(config)]
+            mark = config.get("mark", {})
+            return tune.PlacementGroupFactory([{**need, **mark, "memory": 1024.0 * (1 + model)}])
 
         name = f"round-{os.getpid()}-{self._rounds}"
         tuner = tune.Tuner(
-            tune.with_resources(self._evaluator(), bundle),
+            tune.with_resources(self._evaluator(list(shared), workers), bundle),
             param_space=config,
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
-                scheduler=Replacing(),
-                max_concurrent_trials=at_once,
-                trial_name_creator=lambda trial: f"unit-{_key(trial)[:8]}",
+                search_alg=dealing,
+                scheduler=Replacing() if dealing is None else Dealt(dealing),
+                max_concurrent_trials=at_once if dealing is None else None,
+                trial_name_creator=lambda trial: f"unit-{key_of(trial.config)[:8]}",
                 trial_dirname_creator=lambda trial: f"{trial.trial_id}",
             ),
             run_config=tune.RunConfig(
@@ -230,11 +250,34 @@ class Tuned:
         # An interrupted fit() returns as if all had gone well; only what arrived can tell.
         current.interrupted = len(reached) < len(current.units) and current.error is None
 
-    def _evaluator(self) -> Any:
-        """What a trial calls; secrets reach it through Ray's object store, which nobody prints."""
-        if not self._secrets:
-            return evaluate
-        return tune.with_parameters(evaluate, secrets=self._secrets)
+    def _look_at_nodes(self, units: Sequence[Unit], need: Mapping[str, float]) -> None:
+        """Have the nodes that could hold a worker, and were not asked before, say whether it could
+        run there."""
+        new = [node for node in nodes.living() if node.id not in self._looked_at]
+        able = [n for n in new if all(n.resources.get(k, 0.0) >= v for k, v in need.items())]
+        nodes.check(able, nodes.paths(units))
+        self._looked_at |= {node.id for node in able}
+
+    def _evaluator(self, shared: Sequence[str], workers: Workers) -> Any:
+        """What a trial calls; what all trials need reaches it through Ray's object store, which
+        nobody prints, so secrets too."""
+        # `import_path` lets workers find the evaluator where the driver found it (tests).
+        given = {
+            "shared": shared,
+            "runtime": Runtime(workers.cpus, workers.gpus).to_dict(),
+            "run_unit": self.run_unit,
+            "import_path": [path for path in sys.path if path],
+            "secrets": self._secrets,
+        }
+        return tune.with_parameters(evaluate, given=given)
+
+
+def _brief(unit: Unit, shared: dict[str, int]) -> str:
+    """A unit as JSON: what others share with it is in `shared`, which is added to."""
+    whole = unit.to_dict()
+    own = {name: whole.pop(name) for name in ("key", "samples")}
+    place = shared.setdefault(json.dumps(whole, sort_keys=True), len(shared))
+    return json.dumps({**own, "shared": place})
 
 
 @contextlib.contextmanager
@@ -253,49 +296,25 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def evaluate(config: Mapping[str, Any], secrets: Mapping[str, str] | None = None) -> None:
+def evaluate(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Run one unit in a worker: one Tune report a sample, a last one for what broke it.
 
-    `secrets` are environment variables that it needs and that must not be kept anywhere.
+    `given` are what all units have in common, and `secrets`: environment variables that they need
+    and that must not be kept anywhere.
     """
-    os.environ.update(secrets or {})
-    sys.path += [path for path in config["import_path"] if path not in sys.path]
+    os.environ.update(given["secrets"])
+    sys.path += [path for path in given["import_path"] if path not in sys.path]
     unit = json.loads(config["unit"])
+    unit |= json.loads(given["shared"][unit.pop("shared")])
     try:
-        run_unit = resolve(config["run_unit"])
-        for report in witnessed(run_unit, unit, config["runtime"]):
+        run_unit = resolve(given["run_unit"])
+        for report in witnessed(run_unit, unit, given["runtime"]):
             tune.report({"report": report})
     except Exception as error:
         said = {"unit": unit["key"], "message": describe(error), "again": can_retry(error)}
         tune.report({"broken": said})
         if can_retry(error):
             raise  # a fresh process for whatever comes next
-
-
-class Replacing(FIFOScheduler):
-    """Units in order, but none that a new worker is being started for.
-
-    Tune alone would hand that unit to whichever worker ends first and stop the one that starts: a
-    lost worker would never be replaced where units end faster than workers start.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._most = 0  # workers at once, as far as seen
-        self._since: dict[str, float] = {}  # trial -> when it was first left to a new worker
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The first waiting unit beyond those that workers are being started for."""
-        trials = tune_controller.get_trials()
-        running = sum(trial.status == "RUNNING" for trial in trials)
-        self._most = max(self._most, running)
-        starting = self._most - running - 1  # one place is the asking worker's own
-        waiting = [trial for trial in trials if trial.status == "PENDING"]
-        now = time.monotonic()
-        for trial in waiting[: max(0, starting)]:
-            if now - self._since.setdefault(trial.trial_id, now) > REPLACEMENT_SECONDS:
-                return trial  # its worker does not come
-        return next(iter(waiting[max(0, starting) :]), None) or next(iter(waiting), None)
 
 
 class Delivery(tune.Callback):
@@ -322,12 +341,7 @@ class Delivery(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note a unit whose process ended without saying why."""
         if self.current is not None:
-            self.current.broken.setdefault(_key(trial), (_last_words(trial), True))
-
-
-def _key(trial: Any) -> str:
-    """The key of a trial's unit."""
-    return str(json.loads(trial.config["unit"])["key"])
+            self.current.broken.setdefault(key_of(trial.config), (_last_words(trial), True))
 
 
 def _last_words(trial: Any) -> str:
@@ -373,27 +387,3 @@ def _raylet() -> int | None:
             if name.endswith("(raylet") and int(rest.split()[1]) == os.getpid():
                 return int(path.parent.name)
     return None
-
-
-def _check_version() -> None:
-    """Raise ValueError unless a worker of the attached cluster imports the same quest_dist."""
-
-    def version() -> str:
-        import quest_dist
-
-        return quest_dist.__version__
-
-    try:
-        found = ray.get(ray.remote(num_cpus=0)(version).remote(), timeout=120)
-    except Exception as error:
-        last = str(error).strip().splitlines()[-1]
-        raise ValueError(f"cluster: its workers cannot import quest_dist ({last})") from error
-    if found != quest_dist.__version__:
-        raise ValueError(
-            f"cluster: its workers have quest_dist {found}, this driver {quest_dist.__version__}"
-        )
-
-
-def _nodes() -> list[dict[str, float]]:
-    """The resources of every living node."""
-    return [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]

@@ -161,7 +161,7 @@ class Tracker:
     def _sync(self, rows: Sequence[Row], closed: bool, note: str = "") -> None:
         store = self._open()
         run_id = store.put(projection.sweep_run(rows, self.sweep, closed, note))
-        for run in projection.curve_runs(rows):
+        for run in projection.curve_runs(rows, self.ledger.identity):
             store.put_curve(run)
         shown = {"finished", "failed", "partial"} if closed else {"finished", "failed"}
         for row in rows:
@@ -173,7 +173,7 @@ class Tracker:
         store.gather()
         for path, text in self._texts(rows).items():
             if self._logged.get(path) != text:
-                store.client.log_text(run_id, text, path)
+                store.log_text(run_id, text, path)
                 self._logged[path] = text
 
     def _finish(self, rows: Sequence[Row], files: list[Path], note: str) -> None:
@@ -186,7 +186,7 @@ class Tracker:
                 folder = "figures" if path.stem in drawn else None
                 store.client.log_artifact(run_id, str(path), folder)
         if self.sweep.config:
-            store.client.log_text(run_id, self.sweep.config, "config.yaml")
+            store.log_text(run_id, self.sweep.config, "config.yaml")
         pictures = [path for path in files if path.stem in drawn]
         self._sync(rows, closed=True, note=self._closing(run_id, note, pictures))
 

@@ -135,13 +135,14 @@ def _fitting(found: Sequence[Unit], cluster: Cluster) -> tuple[list[Unit], list[
     if room is None:
         return list(found), []
     fitting, refused = [], []
+    has = "the largest of cluster.node_types has" if cluster.node_types else "there are"
     for unit in found:
-        need = cost.worker_bytes(unit.points) if unit.first.model.settings.get("shape") else 0
+        need = cost.needs(unit)
         if need <= room:
             fitting.append(unit)
             continue
         reason = (
-            f"needs {need / 2**30:.1f} GiB a worker by estimate, there are {room / 2**30:.1f};"
+            f"needs {need / 2**30:.1f} GiB a worker by estimate, {has} {room / 2**30:.1f};"
             " cluster.check_memory=false tries it all the same"
         )
         refused.append(Refused(unit, reason))

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from tiny_artefacts import artefact_for
 from torch import Tensor
 
 from quest_dist import ops
@@ -24,10 +26,41 @@ VARIANTS = {"quest with int8": ("quest", {"metadata": "int8"})}
 
 
 def method_spec(name: str, **settings: object) -> Spec:
-    """The method of one YAML file, or a variant, with other settings where given."""
+    """The method of one YAML file, or a variant, with other settings where given.
+
+    An artefact that it needs and does not name is that of tiny models, and tokens wait for packing
+    as briefly as they may.
+    """
     if name in VARIANTS:
         name, settings = VARIANTS[name][0], {**VARIANTS[name][1], **settings}
-    return Spec(name, {**yaml.safe_load((CONF / f"{name}.yaml").read_text())[name], **settings})
+    written = settings_of(name)
+    short = {"group": 16, "residual": 16} if "residual" in written else {}
+    spec = Spec(name, {**written, **short, **settings})
+    made = artefact_for(spec.build()) if spec.settings.get("artefact") is None else None
+    return spec if made is None else Spec(name, {**spec.settings, "artefact": made})
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """What a method's YAML file says."""
+    settings: dict[str, Any] = yaml.safe_load((CONF / f"{name}.yaml").read_text())[name]
+    return settings
+
+
+def asked_for(name: str, budget: int) -> dict[str, Any]:
+    """What `quest_dist.patched` is told for a tiny model: the budget where the method has one."""
+    spec, written = method_spec(name), settings_of(name)
+    told = {"method": name, "budget": budget if spec.budgeted else None}
+    changed = {key: value for key, value in spec.settings.items() if value != written.get(key)}
+    return told | changed
+
+
+def is_exact(name: str) -> bool:
+    """Whether a method attends to keys and values as they are."""
+    method: Method = Spec(name, settings_of(name)).build()
+    return method.exact
+
+
+BUDGETED = [name for name in METHODS if settings_of(name).get("budgeted", True)] + [*VARIANTS]
 
 
 def no_rotation(q: Tensor, distance: Tensor) -> Tensor:
@@ -103,7 +136,9 @@ def decode(
 ) -> Run:
     """Prefill `prefix` tokens of the stream (in `chunks` if given), fork, and decode the rest one
     by one."""
-    group = Group(make(), list(budgets), dense_layers)
+    method = make()
+    method.artefact = artefact_for(method, stream.geometry)
+    group = Group(method, list(budgets), dense_layers)
     first = new_batch(stream.geometry, page_size, (), 1, rotate, observers=[group])
     scale = stream.q.shape[-1] ** -0.5
     start = 0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quest_dist import faults, ops
 from quest_dist.backend import by_reference, compiled_cuda
+from quest_dist.packing import Packed
 
 available = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not available, reason="needs a CUDA device")]
@@ -28,11 +29,15 @@ MOVED = (
     "gather",
     "decode",
     "prefill_attend",
+    "pack",
+    "attend_packed",
 )
 
 
 def there(x: Any) -> Any:
     """A tensor on the GPU with the same strides; anything else as it is."""
+    if isinstance(x, Packed):
+        return Packed(*map(there, x))
     if not isinstance(x, Tensor) or x.is_cuda:
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)
@@ -64,6 +69,8 @@ def moved(name: str) -> Callable[..., Any]:
         written = {"append": slice(0, 2), "decode": slice(1, 3)}.get(name, slice(0))
         for here, x in zip(args[written], sent[written], strict=True):
             here.copy_(x)
+        if name == "pack":
+            args[0].blocks.copy_(sent[0].blocks)
         if got is None:
             return None
         if isinstance(got, Tensor):

@@ -26,14 +26,21 @@ class Process(NamedTuple):
 
 
 class Launch:
-    """`python tiny_sweep.py OUTPUT_DIR ...`, its words in a file. `env` is added to ours."""
+    """`python PROGRAM OUTPUT_DIR ...`, its words in a file. `env` is added to ours."""
 
-    def __init__(self, out: Path, said: Path, *overrides: str, **env: str) -> None:
+    def __init__(
+        self,
+        out: Path,
+        said: Path,
+        *overrides: str,
+        program: str = "tiny_sweep.py",
+        **env: str,
+    ) -> None:
         self.said = said
         paths = f"{TESTS.parent}{os.pathsep}{TESTS}"
         with said.open("w") as file:
             self.driver = subprocess.Popen(
-                [sys.executable, str(TESTS / "tiny_sweep.py"), str(out), *overrides],
+                [sys.executable, str(TESTS / program), str(out), *overrides],
                 env={**os.environ, "PYTHONPATH": paths, **env},
                 stdout=file,
                 stderr=subprocess.STDOUT,

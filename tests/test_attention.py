@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_harness import METHODS
+from cache_harness import METHODS, asked_for, is_exact
 from tiny_models import KINDS, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -35,10 +35,10 @@ def test_full_gives_the_tokens_and_logits_of_the_unpatched_model(kind: str, plac
         assert torch.allclose(model(prompt).logits, logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("name", [name for name in METHODS if is_exact(name)])
 def test_an_ample_budget_gives_the_tokens_of_the_unpatched_model(name: str) -> None:
     model = tiny()
-    with quest_dist.patched(model, method=name, budget=1000, page_size=8):
+    with quest_dist.patched(model, **asked_for(name, 1000), page_size=8):
         patched = generate(model)
     assert torch.equal(patched, generate(model))
 
@@ -49,7 +49,7 @@ def test_a_small_budget_changes_the_attention_and_stays_finite(
     name: str, dtype: torch.dtype
 ) -> None:
     model = tiny(dtype=dtype)
-    with quest_dist.patched(model, method=name, budget=8, page_size=4, dense_layers=1):
+    with quest_dist.patched(model, **asked_for(name, 8), page_size=4, dense_layers=1):
         cache = model(PROMPT).past_key_values
         logits = [model(PROMPT[:, i : i + 1], past_key_values=cache).logits for i in range(4)]
     dense = model(PROMPT).past_key_values
@@ -92,8 +92,7 @@ def test_a_left_padded_row_equals_the_unpadded_one(name: str, place: str) -> Non
     model = tiny().to(place)
     padded = torch.cat([PROMPT, torch.nn.functional.pad(PROMPT[:, :39], (11, 0))])
     mask = (torch.arange(50) >= torch.tensor([[0], [11]])).long()
-    budget = None if name == "full" else 12
-    with quest_dist.patched(model, method=name, budget=budget, page_size=4, dense_layers=1):
+    with quest_dist.patched(model, **asked_for(name, 12), page_size=4, dense_layers=1):
         both = generate(model, padded, attention_mask=mask)
         alone = [generate(model), generate(model, PROMPT[:, :39])]
     assert torch.equal(both, torch.cat(alone))
@@ -102,8 +101,7 @@ def test_a_left_padded_row_equals_the_unpadded_one(name: str, place: str) -> Non
 @pytest.mark.parametrize("name", METHODS)
 def test_conversation_goes_on_after_a_second_prompt(name: str) -> None:
     model = tiny()
-    budget = None if name == "full" else 12
-    with quest_dist.patched(model, method=name, budget=budget, page_size=4, dense_layers=1):
+    with quest_dist.patched(model, **asked_for(name, 12), page_size=4, dense_layers=1):
         cache = model(PROMPT[:, :30]).past_key_values
         model(PROMPT[:, 30:31], past_key_values=cache)
         model(PROMPT[:, 31:45], past_key_values=cache)
@@ -146,6 +144,8 @@ def test_models_without_the_attention_interface_are_named() -> None:
         (("full", 8), "has no budget"),
         (("quest", 0), "budget=0"),
         (("streaming", 3), "needs at least 5"),
+        (("kvquant3", 64), "'kvquant3' has no budget"),
+        (("kvquant3",), r"needs artefact=FILE, .* python -m quest_dist.calibrate kvquant3 --out"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[object, ...], message: str) -> None:

@@ -103,8 +103,9 @@ def test_texts_without_their_places_are_refused(settings: dict[str, object], mes
 
 def test_only_dense_attention_has_a_map() -> None:
     AttentionMap().check_method(method_spec("full").build())
-    with pytest.raises(ValueError, match="choose full"):
-        AttentionMap().check_method(method_spec("quest").build())
+    for other in ("quest", "kvquant4"):
+        with pytest.raises(ValueError, match="choose full"):
+            AttentionMap().check_method(method_spec(other).build())
 
 
 def row(tmp_path: Path, score: float, low: float, **facts: float) -> Row:

@@ -176,6 +176,24 @@ def test_wrong_options_are_one_line(
     assert said in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--part", "cash"], "--part=cash is unknown; choose one of cache"),
+        (["--shape", "9b"], "--shape=9b is unknown; choose one of 7b, 8b, 1b"),
+        (["--context", "1000"], "--context=1000: expected a multiple of 128 above it"),
+        (["--seconds", "0"], "--seconds=0.0: expected a positive number"),
+    ],
+)
+def test_wrong_options_of_packed_are_one_line(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["packed", *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {said}")
+
+
 def test_the_default_grid_fits_and_holds_the_figures() -> None:
     plan = planned(options([]), CPU)
     everything = (*plan.points, *plan.sharing)

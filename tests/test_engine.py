@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_harness import METHODS, method_spec
+from cache_harness import BUDGETED, METHODS, asked_for, method_spec
 from tiny_models import tiny_loaded
 
 import quest_dist
@@ -30,10 +30,10 @@ def sample(**changes: object) -> Sample:
 
 
 GRID = [
-    point(name, None if name == "full" else budget)
+    point(name, budget if name in BUDGETED else None)
     for budget in (8, 16, 30)
     for name in METHODS
-    if name != "full" or budget == 8
+    if name in BUDGETED or budget == 8
 ]
 
 
@@ -61,10 +61,10 @@ def test_full_is_greedy_generation_of_the_unpatched_model(place: str) -> None:
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
 def test_engine_and_patched_generation_agree(name: str, place: str) -> None:
     loaded = tiny_loaded(device=place)
-    result = engine.evaluate(loaded, sample(), [point(name, 12)])[0]
+    result = engine.evaluate(loaded, sample(), [point(name, 12 if name in BUDGETED else None)])[0]
     with (
         torch.inference_mode(),
-        quest_dist.patched(loaded.model, name, 12, page_size=4, dense_layers=1),
+        quest_dist.patched(loaded.model, **asked_for(name, 12), page_size=4, dense_layers=1),
     ):
         fed = torch.tensor([TOKENS], device=place)
         cache = loaded.model(fed[:, :60]).past_key_values

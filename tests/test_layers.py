@@ -23,23 +23,24 @@ DOORS = {
     "sqlite3": ("ledger", "doctor/"),
     "jinja2": ("report/",),
     "flashinfer": ("on_flashinfer",),
+    "sklearn": ("calibrators/kvquant",),
     "rich": ("progress", "closing", "estimate", "launch", "bench/"),
 }
 #: From the bottom up; a module imports from its own layer or from lower ones (types excepted).
 LAYERS = (
-    ("suggest", "folders", "redact", "spec", "plan", "cluster"),
-    ("_cpu", "_cuda", "backend", "metadata", "packing"),
+    ("suggest", "folders", "redact", "spec", "plan", "node_types", "cluster"),
+    ("_cpu", "_cuda", "backend", "metadata", "packing", "nuq"),
     ("arguments", "reference", "reference_prefill", "reference_packed"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill", "packed"),
     ("int4",),
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
-    ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs"),
+    ("pool", "batch", "methods/", "bundled", "weights", "details", "timing", "graphs", "artefacts"),
     ("table", "ordering", "lossless", "matched"),
     (
         "attention",
+        "attention_inputs",
         "linear4",
         "awq_files",
-        "artefacts",
         "models",
         "overview",
         "projection",

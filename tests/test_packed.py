@@ -1,4 +1,4 @@
-"""Packed keys and values: the format, the codes, and attention over them on every instruction set."""
+"""Packed keys and values: the format, the codes, and attention on every instruction set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pools import Case, close, filled_pool, queries, random_lists
 from torch import Tensor
 
-from quest_dist import ops, packing, reference_packed
+from quest_dist import ops, reference_packed
 from quest_dist.packing import BITS, Layout, Packed, get_codes, put_codes, quantised, uniform
 
 RESIDUAL = 64
@@ -162,7 +162,12 @@ def case_name(case: Case) -> str:
 def test_attention_is_that_over_what_the_codes_stand_for(isa: str, case: Case, bits: int) -> None:
     pool, q, packed = filled(case, bits)
     kv = pool.kv.double()
-    for lists, unit in ((0, "pages"), (1, "pages"), (case.kv_heads, "pages"), (case.heads, "tokens")):
+    for lists, unit in (
+        (0, "pages"),
+        (1, "pages"),
+        (case.kv_heads, "pages"),
+        (case.heads, "tokens"),
+    ):
         index, count = random_lists(case, lists, unit) if lists else (None, None)
         place = (packed, pool.table, pool.lengths, index, count, unit)
         got = ops.attend_packed(q, pool.kv, *place)
@@ -181,3 +186,92 @@ def test_groups_of_other_sizes(isa: str, group: int) -> None:
     place = (packed, pool.table, pool.lengths)
     want = reference_packed.attend(q.double(), pool.kv.double(), *place)
     assert close(ops.attend_packed(q, pool.kv, *place).out, want.out, torch.bfloat16)
+
+
+@pytest.mark.parametrize("lists", [0, 1, 2])
+def test_bits_depend_on_neither_threads_nor_neighbours_nor_spelling(isa: str, lists: int) -> None:
+    case = case_of(torch.bfloat16, 4, 128)
+    pool, q, packed = filled(case, 4)
+    index, count = random_lists(case, lists, "pages") if lists else (None, None)
+    place = (pool.table, pool.lengths, index, count)
+    try:
+        ops.set_threads(3)
+        together = ops.attend_packed(q, pool.kv, packed, *place)
+    finally:
+        ops.set_threads(None)
+    for row in range(len(case.lengths)):
+        one = slice(row, row + 1)
+        few = [None if x is None else x[one].contiguous() for x in place]
+        parts = (packed.table[one].contiguous(), packed.keys[one], packed.values[one])
+        held = packed._replace(table=parts[0], keys=parts[1], values=parts[2])
+        alone = ops.attend_packed(q[one], pool.kv, held, *few)
+        for got, want in zip(alone, together, strict=True):
+            assert got is None or torch.equal(got[0], want[row])
+
+
+def test_listing_every_page_gives_the_bits_of_listing_none(isa: str) -> None:
+    case = case_of(torch.bfloat16, 4, 128, page_size=8)
+    pool, q, packed = filled(case, 2)
+    pages = (pool.lengths - 1) // 8 + 1
+    index = torch.arange(int(pages.max()), dtype=torch.int32).expand(len(pages), 1, -1)
+    listed = ops.attend_packed(
+        q, pool.kv, packed, pool.table, pool.lengths, index.contiguous(), pages[:, None]
+    )
+    plain = ops.attend_packed(q, pool.kv, packed, pool.table, pool.lengths)
+    assert torch.equal(listed.out, plain.out)
+    assert torch.equal(listed.lse, plain.lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_which_nothing_is_packed_get_the_bits_of_attend(
+    isa: str, dtype: torch.dtype
+) -> None:
+    case = case_of(dtype)
+    pool, q, packed = filled(case, 4)
+    got = ops.attend_packed(q, pool.kv, packed, pool.table, pool.lengths)
+    want = ops.attend(q, pool.kv, pool.table, pool.lengths)
+    whole = [row for row, end in enumerate(packed.values.tolist()) if not end]
+    assert whole
+    assert len(whole) < len(case.lengths)
+    for row in range(len(case.lengths)):
+        assert torch.equal(got.out[row], want.out[row]) == (row in whole)
+
+
+def test_levels_that_are_not_uniform_are_looked_up(isa: str) -> None:
+    case = case_of(torch.bfloat16, 4, 64)
+    pool, q, packed = filled(case, 4)
+    levels = torch.stack([torch.linspace(-1, 1, 16) ** 3 * 8, torch.linspace(-2, 2, 16).exp()])
+    place = (packed._replace(levels=levels.bfloat16().float()), pool.table, pool.lengths)
+    want = reference_packed.attend(q.double(), pool.kv.double(), *place)
+    got = ops.attend_packed(q, pool.kv, *place)
+    assert close(got.out, want.out, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"group": 24}, "packed is group=24: choose a multiple of 16 tokens; expected a layout"),
+        ({"levels": torch.zeros(2, 12)}, "packed.levels is of 12 levels; expected 2 to the bits"),
+        ({"levels": torch.zeros(2, 32)}, "packed is bits=5: choose one of 2, 3, 4, 8; expected"),
+        ({"levels": uniform(2)}, "packed.blocks is of 2560 bytes a block; expected 1536"),
+        ({"keys": torch.zeros(1, dtype=torch.int32)}, r"packed.keys is of shape \[1\]; expected"),
+        ({"table": -1}, r"packed.table\[\d, 0\] is -1, but the blocks are 0..\d+"),
+        ({"keys": 1}, r"packed.keys\[0\] is 1; expected a multiple of 32 in 0..1"),
+        ({"values": 300}, r"packed.values\[0\] is 300; expected a multiple of 1 in 0..1"),
+    ],
+)
+def test_wrong_blocks_are_named(change: dict[str, Any], said: str) -> None:
+    pool, q, packed = filled(case_of(torch.float32), 4)
+    (name, value), *_ = change.items()
+    if isinstance(value, int) and name != "group":
+        value = torch.full_like(getattr(packed, name), value)
+    wrong = packed._replace(**{name: value})
+    with pytest.raises(ValueError, match=f"attend_packed: {said}"):
+        ops.attend_packed(q, pool.kv, wrong, pool.table, pool.lengths)
+
+
+def test_a_start_within_a_group_of_keys_is_refused() -> None:
+    pool, _, packed = filled(case_of(torch.float32), 4)
+    start = torch.full_like(packed.keys, 16)
+    with pytest.raises(ValueError, match="pack: keys and values of row 0 begin at 16 and 0; exp"):
+        ops.pack(packed, pool.kv, pool.table, start, torch.zeros_like(start))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cache_harness import METHODS, Step, method_spec, record, tokens_of
+from cache_harness import BUDGETED, METHODS, Step, method_spec, record, tokens_of
 from test_engine import point, sample
 from tiny_language import tiny_language
 from tiny_models import tiny_loaded
@@ -23,7 +23,10 @@ from quest_dist.tasks.recall import Recall
 from quest_dist.tasks.task import Outcome, Sample
 
 SAMPLE = sample(info={"top": 10})
-GRID = [point("full"), *(point(n, b) for b in (12, 24) for n in METHODS if n != "full")]
+GRID = [
+    *(point(name) for name in METHODS if name not in BUDGETED),
+    *(point(name, budget) for budget in (12, 24) for name in METHODS if name in BUDGETED),
+]
 
 
 def facts(place: str = "cpu", points: list[Point] = GRID, **changes: object) -> list[Evaluated]:
@@ -61,7 +64,7 @@ def test_full_and_the_token_oracle_have_100_and_a_smaller_oracle_has_not(place: 
     assert small.outcome.facts["recall_1"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name in BUDGETED])
 def test_recall_is_what_brute_force_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"gqa": "max"} if name == "tightbound" else {}  # one list a kv head
     steps: list[Step] = []

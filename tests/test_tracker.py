@@ -117,8 +117,9 @@ def test_curves_at_the_top_points_below_and_one_sweep(folder: Path, ledger: Ledg
     assert [run.data.tags.get("quest.device") for run in runs].count("cpu") == 1
     assert point.info.status == "FINISHED"
     assert point.info.end_time == round(row.finished_at * 1000)
-    (read,) = point.inputs.dataset_inputs
-    assert len(read.dataset.digest) <= 36
+    read = [each.dataset for each in curve.inputs.dataset_inputs]
+    assert sorted(each.name for each in read) == ["passkey (generated)", "qasper (generated)"]
+    assert all(len(each.digest) <= 36 for each in read)
 
 
 def test_params_say_how_prompts_are_made_and_answers_end(folder: Path, ledger: Ledger) -> None:
@@ -551,6 +552,6 @@ def test_the_url_opens_the_curves_as_charts(folder: Path, ledger: Ledger) -> Non
 def test_a_description_is_a_pure_function_with_a_digest(tmp_path: Path) -> None:
     points = synthetic.points(["qasper"], ("full", "quest"), (256,))
     rows = synthetic.sweep(tmp_path, points, 2)
-    once, again = [projection.curve_runs(rows) for _ in range(2)]
+    once, again = [projection.curve_runs(rows, lambda point: None) for _ in range(2)]
     assert [run.digest for run in once] == [run.digest for run in again]
     assert once[0].digest != once[1].digest

@@ -27,6 +27,11 @@ LENGTH, BUDGET = 75, 12
         ("oracle_page", {"gqa": "max"}, (LENGTH + 12) * VECTOR, LENGTH * TOKEN),
         ("streaming", {}, 12 * TOKEN, 12 * TOKEN),
         ("h2o", {}, 12 * (TOKEN + 2 * SCORE), 12 * (TOKEN + SCORE)),
+        # 32 channels: 3 bits of key and value, two outlier values and 0.32 keys, offset and range,
+        # a count; a sink; and the bounds of 32 channels with two tables of eight.
+        ("kvquant3", {}, TOKEN + 74 * 39.28 + 320, TOKEN + 74 * 39.28 + 320),
+        ("kvquant3", {"outliers": 0.0, "sinks": 0}, 75 * 30 + 320, 75 * 30 + 320),
+        ("kvquant2", {"outliers": 0.0, "sinks": 0}, 75 * 22 + 288, 75 * 22 + 288),
         ("tova", {}, 12 * (TOKEN + 2 * 4), 12 * (TOKEN + 4)),
     ],
 )
@@ -35,8 +40,8 @@ def test_a_layer_moves_and_holds_what_its_formula_says(
 ) -> None:
     method = method_spec(name, **settings).build()
     read = LENGTH if name == "full" else BUDGET
-    assert method.bytes_moved(SHAPE, LENGTH, BUDGET, read) == moved
-    assert method.bytes_held(SHAPE, LENGTH, BUDGET) == held
+    assert method.bytes_moved(SHAPE, LENGTH, BUDGET, read) == pytest.approx(moved, rel=1e-12)
+    assert method.bytes_held(SHAPE, LENGTH, BUDGET) == pytest.approx(held, rel=1e-12)
 
 
 @pytest.mark.parametrize("dense_layers", [0, 2])

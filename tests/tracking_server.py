@@ -33,7 +33,9 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start it, unless it runs, and wait until it answers."""
+        if self._process is not None and self._process.poll() is None:
+            return
         arguments = {
             "backend-store-uri": self.store,
             "artifacts-destination": str(self.folder / "artifacts"),

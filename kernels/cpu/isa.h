@@ -11,6 +11,8 @@
 
 #include <stdint.h>
 
+#include "../ops.h"
+
 namespace quest {
 namespace cpu {
 
@@ -57,14 +59,6 @@ struct AttendBlock {
   int64_t raw_stride;
   const void* next_base;     // of the block that is read next
   const int64_t* next_rows;  // its kBlock rows, or nullptr
-};
-
-// What lies where in a packed block, in bytes; see cpu/packed.h.
-struct PackedLayout {
-  int bits;
-  int64_t dim, group, width;  // width: channels of a group of values
-  int64_t vectors, high_plane, tile_bytes;
-  int64_t value_scales, value_minima, key_codes, value_codes, bytes;
 };
 
 // Keys (or values) of a tile of a block as fp32, [kBlock, dim].

@@ -1,28 +1,11 @@
-// Blocks of packed keys and values: what lies where (quest_dist/packing.py says it in words).
+// Blocks of packed keys and values: their place, and what rows may say of them.
 #pragma once
 
+#include "../packed_layout.h"
 #include "rows.h"
 
 namespace quest {
 namespace cpu {
-
-inline PackedLayout layout_of(const Packed& packed, int64_t dim) {
-  PackedLayout l{};
-  l.bits = static_cast<int>(packed.bits);
-  l.dim = dim;
-  l.group = packed.group;
-  l.width = packed.group < dim ? packed.group : dim;
-  l.vectors = (dim + 15) / 16 * 8;
-  const auto strips = [&](int64_t plane) { return (l.vectors * plane + 15) / 16 * 64; };
-  l.high_plane = strips(2);
-  l.tile_bytes = l.bits == 3 ? strips(2) + strips(1) : strips(l.bits);
-  l.value_scales = 4 * dim;
-  l.value_minima = l.value_scales + 2 * l.group * (dim / l.width);
-  l.key_codes = (2 * l.value_minima - l.value_scales + 63) / 64 * 64;
-  l.value_codes = l.key_codes + l.group / kBlock * l.tile_bytes;
-  l.bytes = 2 * l.value_codes - l.key_codes;
-  return l;
-}
 
 // The first of a row's block of all kv heads, checked.
 inline uint8_t* packed_block(const Packed& packed, const PackedLayout& l, const char* op,

@@ -15,6 +15,9 @@ namespace {
 using quest::cpu::kChunk;
 using quest::cpu::PackedChunk;
 
+// Loops that fill the registers stand apart: in one large function some would be spilled.
+#define QUEST_APART __attribute__((noinline))
+
 inline Vec halves(const uint8_t* at) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 }
@@ -68,6 +71,9 @@ inline void put_pairs(uint32_t* to, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                       reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
+inline void put_pairs(uint32_t* to, Vec x, Vec y) {
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x)));
+}
 // The sums of four vectors' lanes.
 inline __m128 sums(const Vec* a) {
   const Vec ab = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
@@ -89,28 +95,44 @@ struct FoldedChunk {
   alignas(64) uint32_t query[H * kFastDim / 2];  // query * scale of one block's keys, in pairs
   float minimum[4];                              // query . minima of the same block
   alignas(64) float score[H * kTokens];          // and then their exponentials
-  // Probability * scale of each tile's values, in pairs of tokens, and the sums of
-  // probability * minimum.
+  // Probability * scale of each tile's values, in pairs of tokens, two tiles of a head side by
+  // side; and the sums of probability * minimum.
   alignas(64) uint32_t weight[kChunk * kFastGroups * H * kBlock / 2];
   alignas(16) float minima[kFastGroups * 4];
+
+  uint32_t* weight_of(int tile, int group) {
+    return weight + (tile / 2 * kFastGroups + group) * H * kBlock + tile % 2 * (kBlock / 2);
+  }
 };
 
 template <int H>
-inline void fold_keys(const PackedChunk& c, int tile, const float* q, float middle,
-                      FoldedChunk<H>& f) {
+QUEST_APART void fold_keys(const PackedChunk& c, int tile, const float* q, float middle,
+                           FoldedChunk<H>& f) {
   const uint8_t* block = c.block[tile];
   const uint8_t* ahead = c.next[tile] == nullptr ? block : c.next[tile];
   const int64_t dim = c.layout->dim;
   Vec low[4];
   for (int h = 0; h < 4; ++h) low[h] = set1(0.0f);
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    ask(ahead + 4 * d, 64);
-    const Vec scale = halves(block + 2 * d);
-    const Vec minimum = fma(set1(middle), scale, halves(block + 2 * (dim + d)));
+  const auto minima = [&](int64_t d, Vec scale) {
+    return fma(set1(middle), scale, halves(block + 2 * (dim + d)));
+  };
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    ask(ahead + 4 * d, 128);
+    const Vec scale = halves(block + 2 * d), more = halves(block + 2 * (d + kLanes));
+    const Vec minimum = minima(d, scale), beside = minima(d + kLanes, more);
     for (int h = 0; h < H; ++h) {
-      const Vec query = load(q + h * dim + d);
-      low[h] = fma(query, minimum, low[h]);
-      put_pairs(f.query + h * (kFastDim / 2) + d / 2, mul(query, scale));
+      const Vec one = load(q + h * dim + d), two = load(q + h * dim + d + kLanes);
+      low[h] = fma(two, beside, fma(one, minimum, low[h]));
+      put_pairs(f.query + h * (kFastDim / 2) + d / 2, mul(one, scale), mul(two, more));
+    }
+  }
+  if (d < dim) {
+    const Vec scale = halves(block + 2 * d), minimum = minima(d, scale);
+    for (int h = 0; h < H; ++h) {
+      const Vec one = load(q + h * dim + d);
+      low[h] = fma(one, minimum, low[h]);
+      put_pairs(f.query + h * (kFastDim / 2) + d / 2, mul(one, scale));
     }
   }
   _mm_storeu_ps(f.minimum, sums(low));
@@ -118,7 +140,7 @@ inline void fold_keys(const PackedChunk& c, int tile, const float* q, float midd
 
 // Scores of T tiles of one block, from tile `first` of the chunk on.
 template <int B, int H, int T>
-inline void packed_keys(const PackedChunk& c, int first, __m512i table, FoldedChunk<H>& f) {
+QUEST_APART void packed_keys(const PackedChunk& c, int first, __m512i table, FoldedChunk<H>& f) {
   const PackedLayout& l = *c.layout;
   const uint8_t *from[T], *ahead[T];
   for (int t = 0; t < T; ++t) {
@@ -137,7 +159,7 @@ inline void packed_keys(const PackedChunk& c, int first, __m512i table, FoldedCh
       strip[t] = Strip<B>(from[t], s, l.high_plane);
       ask(ahead[t] + s * 64, 64);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int j = 0; j < kEach<B>; j += 2, query += 2) {
       __m512bh one[T], two[T];
       for (int t = 0; t < T; ++t) {
@@ -165,7 +187,7 @@ inline void packed_keys(const PackedChunk& c, int first, __m512i table, FoldedCh
 
 // As `soften` of a block, for a chunk's scores of heads from `head` on.
 template <int H>
-inline void soften_chunk(const PackedChunk& c, int64_t head, FoldedChunk<H>& f) {
+QUEST_APART void soften_chunk(const PackedChunk& c, int64_t head, FoldedChunk<H>& f) {
   Vec totals[4];
   for (int h = 0; h < 4; ++h) totals[h] = set1(0.0f);
   for (int h = 0; h < H; ++h) {
@@ -195,25 +217,31 @@ inline void soften_chunk(const PackedChunk& c, int64_t head, FoldedChunk<H>& f) 
 }
 
 template <int H>
-inline void fold_values(const PackedChunk& c, float middle, FoldedChunk<H>& f) {
+QUEST_APART void fold_values(const PackedChunk& c, float middle, FoldedChunk<H>& f) {
   const PackedLayout& l = *c.layout;
   const int groups = static_cast<int>(l.dim / l.width);
+  const auto halves_of = [&](int t, int g, int64_t part) {
+    const int64_t at = part + 2 * (g * l.group + c.tile[t] * kBlock);
+    if (c.next[t] != nullptr) ask(c.next[t] + at, 32);
+    return halves(c.block[t] + at);
+  };
+  const auto scales = [&](int t, int g) { return halves_of(t, g, l.value_scales); };
+  const auto minima = [&](int t, int g, Vec scale) {
+    return fma(set1(middle), scale, halves_of(t, g, l.value_minima));
+  };
   for (int g = 0; g < groups; ++g) {
     Vec low[4];
     for (int h = 0; h < 4; ++h) low[h] = set1(0.0f);
-    for (int t = 0; t < c.tiles; ++t) {
-      const int64_t at = 2 * (g * l.group + c.tile[t] * kBlock);
-      const uint8_t* block = c.block[t];
-      const uint8_t* ahead = c.next[t] == nullptr ? block : c.next[t];
-      ask(ahead + l.value_scales + at, 32);
-      ask(ahead + l.value_minima + at, 32);
-      const Vec scale = halves(block + l.value_scales + at);
-      const Vec minimum = fma(set1(middle), scale, halves(block + l.value_minima + at));
-      uint32_t* to = f.weight + (t * kFastGroups + g) * H * (kBlock / 2);
+    for (int t = 0; t < c.tiles; t += 2) {
+      const bool two = t + 1 < c.tiles;
+      const Vec scale = scales(t, g), more = scales(two ? t + 1 : t, g);
+      const Vec minimum = minima(t, g, scale), beside = minima(two ? t + 1 : t, g, more);
+      uint32_t* to = f.weight_of(t, g);
       for (int h = 0; h < H; ++h) {
-        const Vec p = load(f.score + h * kTokens + t * kBlock);
-        low[h] = fma(p, minimum, low[h]);
-        put_pairs(to + h * (kBlock / 2), mul(p, scale));
+        const float* p = f.score + h * kTokens + t * kBlock;
+        const Vec one = load(p), other = two ? load(p + kBlock) : set1(0.0f);
+        low[h] = fma(other, beside, fma(one, minimum, low[h]));
+        put_pairs(to + h * kBlock, mul(one, scale), mul(other, more));
       }
     }
     _mm_storeu_ps(f.minima + g * 4, sums(low));
@@ -222,8 +250,8 @@ inline void fold_values(const PackedChunk& c, float middle, FoldedChunk<H>& f) {
 
 // Vectors [first, first + C) of 16 channels; every two of them share their group if kPaired.
 template <int B, int H, int C, bool kPaired>
-inline void packed_values(const PackedChunk& c, int64_t head, int first, __m512i table,
-                          const FoldedChunk<H>& f) {
+QUEST_APART void packed_values(const PackedChunk& c, int64_t head, int first, __m512i table,
+                               FoldedChunk<H>& f) {
   const PackedLayout& l = *c.layout;
   constexpr int kShare = kPaired ? 2 : 1, kStrips = 8 / kEach<B>;
   int group[C];
@@ -241,7 +269,7 @@ inline void packed_values(const PackedChunk& c, int64_t head, int first, __m512i
     const uint8_t* ahead = c.next[t] == nullptr ? tile : c.next[t] + at;
     const uint32_t* weight[C / kShare];
     for (int i = 0; i < C / kShare; ++i) {
-      weight[i] = f.weight + (t * kFastGroups + group[i * kShare]) * H * (kBlock / 2);
+      weight[i] = f.weight_of(t, group[i * kShare]);
     }
     for (int s = 0; s < kStrips; ++s) {
       Strip<B> strip[C];
@@ -255,7 +283,7 @@ inline void packed_values(const PackedChunk& c, int64_t head, int first, __m512i
         for (int i = 0; i < C; ++i) value[i] = strip[i].next(table);
         for (int h = 0; h < H; ++h) {
           for (int i = 0; i < C; ++i) {
-            const __m512bh p = everywhere(weight[i / kShare][h * (kBlock / 2) + s * kEach<B> + j]);
+            const __m512bh p = everywhere(weight[i / kShare][h * kBlock + s * kEach<B> + j]);
             sum[h][i] = _mm512_dpbf16_ps(sum[h][i], p, value[i]);
           }
         }
@@ -313,5 +341,7 @@ void packed_chunk(const PackedChunk& c) {
   if (c.layout->bits == 3) packed_bits<3>(c);
   if (c.layout->bits == 4) packed_bits<4>(c);
 }
+
+#undef QUEST_APART
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 namespace {
 
-using quest::cpu::PackedLayout;
+using quest::PackedLayout;
 
 // Exact, of what pack.cpp writes (no infinity).
 inline float from_half(const uint8_t* at) {

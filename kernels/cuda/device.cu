@@ -47,6 +47,8 @@ void warm_up(int device) {
   load_decode_attend();
   load_lists();
   load_int4();
+  load_pack();
+  load_attend_packed();
 }
 
 }  // namespace cuda

@@ -135,6 +135,8 @@ void load_decode_scores();
 void load_decode_attend();
 void load_lists();
 void load_int4();
+void load_pack();
+void load_attend_packed();
 
 }  // namespace cuda
 }  // namespace quest

@@ -61,10 +61,10 @@ __device__ inline List read_list(const Pages& p, const Selection& selection, int
   return list;
 }
 
-// The row of kv that holds the key of the list's t-th token; -1 where there is no such token.
-__device__ __forceinline__ int64_t locate(const Pages& p, const List& list, int t, int64_t* fault) {
+// The page and slot of the list's t-th token; false where there is no such token.
+__device__ __forceinline__ bool find(const Pages& p, const List& list, int t, int64_t* fault,
+                                     int& page, int& slot) {
   const int size = static_cast<int>(p.page_size);
-  int page, slot;
   if (list.pages) {
     if (list.open_at >= 0 && t >= (list.open_at + 1) * size - list.missing) t += list.missing;
     const int item = t / size;
@@ -72,7 +72,7 @@ __device__ __forceinline__ int64_t locate(const Pages& p, const List& list, int 
     slot = t - item * size;
     if (page < 0 || page > (list.length - 1) / size) {
       raise(fault, Fault::kIndex, list.at, item);
-      return -1;
+      return false;
     }
   } else {
     int token = t;
@@ -80,12 +80,19 @@ __device__ __forceinline__ int64_t locate(const Pages& p, const List& list, int 
       token = list.index[t];
       if (token < 0 || token >= list.length) {
         raise(fault, Fault::kIndex, list.at, t);
-        return -1;
+        return false;
       }
     }
     page = token / size;
     slot = token - page * size;
   }
+  return true;
+}
+
+// The row of kv that holds the key of the list's t-th token; -1 where there is no such token.
+__device__ __forceinline__ int64_t locate(const Pages& p, const List& list, int t, int64_t* fault) {
+  int page, slot;
+  if (!find(p, list, t, fault, page, slot)) return -1;
   return row_of(p, list.row, list.kv_head, page, slot, fault);
 }
 

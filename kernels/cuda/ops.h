@@ -26,6 +26,9 @@ enum class Fault : int {
   kStarts = 6,     // from starts[at] on, the tokens do not fit the row
   kItems = 7,      // items[at] is beyond the scores
   kKeep = 8,       // keep[at] is 0, but force_last keeps one
+  kBlocks = 9,     // packed.table[at, column] is no block
+  kKeys = 10,      // packed.keys[at] is no whole group of the row's tokens
+  kValues = 11,    // packed.values[at] is beyond the row's tokens
 };
 constexpr int64_t kNoFault = INT64_MAX;
 
@@ -70,6 +73,17 @@ void check_lists(const Launch& launch, const Pages& pages, const int32_t* length
 int64_t decode_workspace_bytes(const Pages& pages, int64_t heads, Reduce reduce);
 void decode(const Launch& launch, const Pages& pages, const Token& token, int64_t heads,
             const Attended& result, int32_t* counters, void* workspace);
+
+// A block of packed.data is of layout `layout` and aligned to 16 bytes; no two rows may write into
+// the same block in one call.
+void pack(const Launch& launch, const Pages& pages, const Packed& packed,
+          const PackedLayout& layout, const int32_t* keys, const int32_t* values);
+
+// `counters` and `workspace` as for attend.
+void attend_packed(const Launch& launch, const Pages& pages, const Packed& packed,
+                   const PackedLayout& layout, const void* q, int64_t heads, const int32_t* lengths,
+                   const Selection& selection, float scale, const Attended& result,
+                   int32_t* counters, void* workspace);
 
 void token_scores(const Launch& launch, const Pages& pages, const void* q, int64_t heads,
                   const int32_t* lengths, float scale, float* out, int64_t width);

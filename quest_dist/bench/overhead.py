@@ -15,6 +15,9 @@ ones, of the bundled model. Each in a process and a folder of its own. The summa
                                    the next smaller one, both tracked
     resume_s                       the same command again when all is done: seconds of the process
 
+Start-up (imports, Ray, MLflow's tables) is in these; `driver_ms_per_further_point` of the setting
+is what a point more costs, from the next smaller launch to the largest.
+
 `wall` holds Ray's start and its waiting too, which is time that a real evaluation fills. `held up`
 is how long a report kept its worker waiting for the driver: the longest is the scheduling loop's
 longest stall, which tracking must not lengthen.
@@ -73,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", default="longbench_budgets", help="the real sweep (default: longbench_budgets)"
     )
-    parser.add_argument("--limit", type=int, default=4, help="its samples a task (default: 4)")
+    parser.add_argument("--limit", type=int, help="its samples a task (default: all)")
     parser.add_argument("overrides", nargs="*", help="further overrides of every launch")
 
 
@@ -169,10 +172,12 @@ def _measured(sizes: Sequence[int], options: argparse.Namespace, folder: Path) -
         name = f"passkey-{workers}-workers"
         launches.real(name, *REAL, "tracking=none", f"cluster.workers={workers}")
         rates.append(launches.samples_a_second(name))
-    whole = launches.real(options.sweep, f"+sweep={options.sweep}", f"limit={options.limit}")
+    limit = "null" if options.limit is None else str(options.limit)
+    whole = launches.real(options.sweep, f"+sweep={options.sweep}", f"limit={limit}")
     units = {row[0]: row[2] for row in launches.rows}
     fine, coarse = (units[f"instant-{middle}-none{end}"] for end in ("-samples_per_unit-1", ""))
     largest, smaller = tracked[sizes[-1]], tracked[sizes[max(0, len(sizes) - 2)]]
+    more = max(1, sizes[-1] - sizes[max(0, len(sizes) - 2)])
     return Report(
         name="what launching costs",
         columns=COLUMNS,
@@ -189,7 +194,11 @@ def _measured(sizes: Sequence[int], options: argparse.Namespace, folder: Path) -
             "driver_ms_per_unit": 1e3 * (finely.busy - plain[middle].busy) / (fine - coarse),
             "wall_ms_per_unit": 1e3 * (finely.wall - plain[middle].wall) / (fine - coarse),
             "samples_a_second": rates,
-            "sweep": f"{options.sweep}, {options.limit} samples a task",
+            "sweep": f"{options.sweep}, limit={limit}",
+            "driver_ms_per_further_point": 1e3 * (largest.busy - smaller.busy) / more,
+            "driver_ms_per_further_point_untracked": 1e3
+            * (plain[sizes[-1]].busy - plain[sizes[max(0, len(sizes) - 2)]].busy)
+            / more,
             "overrides": list(options.overrides),
             "machine_state": machine_state.stated(before, machine_state.read()),
         },

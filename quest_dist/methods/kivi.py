@@ -23,12 +23,13 @@ from quest_dist.reference import Attended
 
 @dataclass
 class Kivi(Method):
-    """Settings: `bits` of a code (2, 3, 4, 8), `group` (a multiple of 16), `residual` (a multiple of
-    the group)."""
+    """Settings: `bits` of a code (2, 3, 4, 8), `group` (a multiple of 16), and `residual` (a
+    multiple of the group)."""
 
     budgeted: ClassVar[bool] = False
     attends: ClassVar[bool] = True
     exact: ClassVar[bool] = False
+    waits: ClassVar[bool] = True  # which rows share pages
 
     bits: int = 4
     group: int = 32

@@ -126,9 +126,9 @@ class Method(ABC):
     no part of the selection. Only a method that `selects_pages`, or everything, may leave compiled.
 
     A method that holds the cache in a form of its own sets `attends` and overrides `attend`; where
-    that form is not `exact`, attending to everything is not dense attention bit for bit. One that
-    needs something made from the model beforehand names in `calibration` who makes it
-    (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
+    that form rounds keys or values, it is not `exact`. One that reads back what a GPU has computed
+    `waits`. One that needs something made from the model beforehand names in `calibration` who
+    makes it (quest_dist.calibrators.MODULE) and is given its file as `artefact`.
     """
 
     selects_pages: ClassVar[bool] = False
@@ -137,6 +137,7 @@ class Method(ABC):
     needs_prefill: ClassVar[bool] = False
     attends: ClassVar[bool] = False
     exact: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
     calibration: ClassVar[str | None] = None
 
     backend: ops.Through = field(default="compiled", kw_only=True)

@@ -116,9 +116,9 @@ class PackedRows:
         held = self._layers.get(view.layer)
         if held is None or held.shape[0] < self._made:
             packing, heads = self._packing, view.kv.shape[1]
-            size = Layout(packing.bits, packing.group, view.kv.shape[4]).bytes
+            layout = Layout(packing.bits, packing.group, view.kv.shape[4])
             room = max(self._made, 2 * held.shape[0] if held is not None else 1)
-            grown = torch.zeros(room, heads, size, dtype=torch.uint8, device=view.kv.device)
+            grown = ops.allocate_blocks(room, heads, layout, view.kv.device)
             if held is not None:
                 grown[: held.shape[0]] = held
             held = self._layers[view.layer] = grown
@@ -165,20 +165,13 @@ class PackedRows:
         """Rows whose whole pages of the prefill are the same share these."""
         prefixes: dict[tuple[int, ...], _Prefix] = {}
         rows, group = [], self._packing.group
-        tables = self._page_ids(view)
+        tables: list[list[int]] = view.page_table.tolist()
         for length, table in zip(self._prefilled, tables, strict=True):
             pages = length // view.page_size
             key = (length, *table[:pages])
             prefix = prefixes.setdefault(key, _Prefix(pages * view.page_size // group))
             rows.append(_Row(prefix, [], [prefix.blocks * group] * 2))
         return rows
-
-    @staticmethod
-    def _page_ids(view: View) -> list[list[int]]:
-        if view.page_table.is_meta:  # holds no data: no row shares with another
-            return [[row] for row in range(view.page_table.shape[0])]
-        ids: list[list[int]] = view.page_table.tolist()
-        return ids
 
     def _take(self) -> int:
         if self._free:

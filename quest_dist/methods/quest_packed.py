@@ -28,6 +28,7 @@ class QuestPacked(Quest):
     selects_pages: ClassVar[bool] = False  # packed tokens are attended to by our kernels alone
     attends: ClassVar[bool] = True
     exact: ClassVar[bool] = False
+    waits: ClassVar[bool] = True  # which rows share pages
 
     bits: int = 4
     group: int = 32

@@ -73,8 +73,9 @@ class AttentionMap(Task):
         return None
 
     def check_method(self, method: Any) -> None:
-        """Raise ValueError for a method with a budget: the map is that of dense attention."""
-        if method.budgeted:
+        """Raise ValueError for a method with a budget or a rounded cache: the map is that of dense
+        attention."""
+        if method.budgeted or not method.exact:
             raise ValueError("an attention map is that of dense attention; choose full")
 
     def sample(self, index: int, language: Language) -> Sample:
