@@ -1,7 +1,6 @@
 """A cluster of several raylets: nodes are lost, join, differ, and are refused with the reason.
 
-One cluster serves all tests of this file, each with nodes of its own. It notices a dead node within
-two seconds; with RAYLETS_PATIENT=1 it takes Ray's own time, and `pytest -s` shows what that is.
+One cluster serves all tests of this file, each with nodes of its own.
 """
 
 from __future__ import annotations
@@ -95,7 +94,9 @@ def test_a_node_is_lost_and_another_joins(raylets: Raylets, tmp_path: Path) -> N
     assert tiny_sweep.run(whole, *ONE_LENGTH, samples) == 0
     assert tiny_sweep.table(sweep.out) == tiny_sweep.table(whole)
     after = [each for each in sweep.begun if each.sample == lost[-1].sample][1:]
-    print(f"node at {address} joined; begun again: {[each.at - killed for each in after]} s later")
+    print(
+        f"joined at {address}; begun again {[each.at - killed for each in after]} s after the loss"
+    )
 
 
 def test_long_units_go_to_the_fast_node_and_large_ones_where_they_fit(
