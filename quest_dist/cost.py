@@ -16,6 +16,7 @@ from typing import Any
 
 from quest_dist.plan import Point, Unit
 from quest_dist.tasks.task import Cost, Speed
+from quest_dist.tasks.textgen import PACKED_BYTES
 
 CPU_FLOPS = 3.2e11  # a core with bf16 matrix units, in long prefills
 CPU_BYTES = 1.2e10  # a core, reading weights and pages
@@ -100,7 +101,7 @@ def sample_seconds(
     read = sum(min(p.budget or size.context, size.context) for p in points)
     if rows > len(points):  # one layer is sparse, the others read everything
         read = rows * size.context
-    step = (2 * parameters + read * token_bytes(first)) / rate
+    step = (weight_bytes(first) + read * token_bytes(first)) / rate
     step += 2 * parameters * rows / flops + row_layer * layers * rows
     return prefill + step * size.steps
 
@@ -126,6 +127,18 @@ def unit_seconds(
     return len(unit.samples) * sample_seconds(unit.points, threads, gpu, pace)
 
 
+def weight_bytes(point: Point, stored: bool = False) -> float:
+    """Return the bytes of a model's weights: those that a decode step reads or, if `stored`, those
+    that are in memory at most, which rounding to 4 bits starts from."""
+    facts, settings = shape(point), point.model.settings
+    size = 4 if settings.get("dtype") == "float32" else 2
+    parameters, chosen = int(facts["parameters"]), settings.get("weight_format", "full")
+    if chosen == "full" or (stored and chosen != "stored4"):
+        return float(size * parameters)
+    outside = int(facts["vocab"]) * int(facts["hidden"]) * (1 if facts.get("tied") else 2)
+    return size * outside + PACKED_BYTES * (parameters - outside)
+
+
 def token_bytes(point: Point) -> int:
     """Return the bytes of one token's keys and values over all layers."""
     facts = shape(point)
@@ -140,11 +153,10 @@ def worker_bytes(points: tuple[Point, ...]) -> int:
     if said is not None:
         return PROCESS_BYTES + int(said.bytes)
     size = extent(first)
-    weight = 4 if first.model.settings.get("dtype") == "float32" else 2
     rows = min(batch_rows(points), MOST_ROWS)
     cache = token_bytes(first) * (size.context + rows * (size.steps + first.page_size))
     activations = ACTIVATION_BYTES * size.context * int(facts["hidden"])
-    return PROCESS_BYTES + weight * int(facts["parameters"]) + cache + activations
+    return PROCESS_BYTES + int(weight_bytes(first, stored=True)) + cache + activations
 
 
 def needs(unit: Unit) -> int:

@@ -27,7 +27,7 @@ LEVELS = 15
 #: Of the layout: outputs of a tile, bytes of a line, inputs of a line.
 TILE, LINE, LINE_INPUTS = 16, 64, 8
 #: Rows up to which the weights are not widened, by device.
-FEW_ROWS = {"cpu": 64, "cuda": 16}
+FEW_ROWS = {"cpu": 128, "cuda": 16}
 #: Outputs that are widened at a time for more rows: a few megabytes.
 WIDENED = 1024
 
@@ -66,15 +66,31 @@ def quantise(weight: Tensor, group: int = GROUP) -> Codes:
     A group's scale is (max - min) / 15, at least 1e-5, and its zero -min / scale, both of a range
     that holds 0; so a weight is at most half a scale off, and at the ends of the range one.
     """
-    parts = []
-    whole = weight.shape[1] - weight.shape[1] % group
-    for part, width in ((weight[:, :whole], group), (weight[:, whole:], weight.shape[1] - whole)):
-        if part.shape[1]:
-            parts.append(_quantise(part.unflatten(1, (-1, width)).float()))
+    parts = [
+        (codes.byte().flatten(1), scale, zero.byte())
+        for codes, scale, zero in map(_nearest, _grouped(weight, group))
+    ]
     return Codes(*(torch.cat(x, 1) for x in zip(*parts, strict=True)))
 
 
-def _quantise(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rounded(weight: Tensor, group: int = GROUP) -> Tensor:
+    """What `quantise` makes of weights [outputs, inputs], widened again to fp32."""
+    parts = [
+        codes.sub_(zero[..., None]).mul_(scale.float()[..., None]).flatten(1)
+        for codes, scale, zero in map(_nearest, _grouped(weight, group))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _grouped(weight: Tensor, group: int) -> list[Tensor]:
+    """Weights as fp32 [outputs, groups, inputs of a group]: the whole groups, and the last."""
+    whole = weight.shape[1] - weight.shape[1] % group
+    parts = ((weight[:, :whole], group), (weight[:, whole:], weight.shape[1] - whole))
+    return [part.unflatten(1, (-1, width)).float() for part, width in parts if part.shape[1]]
+
+
+def _nearest(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero; codes and zero as fp32."""
     low, high = groups.aminmax(dim=-1)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     # Codes are of the scale that is kept, which fp16 rounds.
@@ -82,7 +98,7 @@ def _quantise(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = scale.float()
     zero = (-low / wide).round().clamp(0, LEVELS)
     codes = (groups / wide[..., None]).round_().add_(zero[..., None]).clamp_(0, LEVELS)
-    return codes.byte().flatten(1), scale, zero.byte()
+    return codes, scale, zero
 
 
 def pack(codes: Codes, group: int = GROUP) -> Int4:
@@ -165,9 +181,7 @@ def linear(x: Tensor, weight: Int4, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], weight.outputs)
 
 
-def widened(
-    weight: Int4, dtype: torch.dtype, first: int = 0, count: int | None = None
-) -> Tensor:
+def widened(weight: Int4, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:
     """The weights of `count` outputs (or as many as there are) from `first` on, rounded to dtype.
 
     `first` is a multiple of 16.

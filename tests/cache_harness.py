@@ -66,6 +66,7 @@ def is_exact(name: str) -> bool:
 # Settings that are held to the universal properties too, as methods of their own.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {}
 VARIANTS["quest with int8"] = ("quest", {"metadata": "int8"})
+VARIANTS["squeezed in two levels"] = ("squeezed", {"clusters": 0.2, "coarse_clusters": 0.1})
 VARIANTS["dejavu by predictors"] = ("dejavu", {"heads": "predicted"})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_harness import METHODS, asked_for, is_exact
+from cache_harness import METHODS, asked_for, is_exact, method_spec
 from tiny_models import KINDS, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -126,7 +126,7 @@ def test_other_quantisations_are_refused(
 ) -> None:
     write(tmp_path, said=SAID | changes)
     for call in (models.check, models.load):
-        with pytest.raises(ValueError, match="model.weight_format='stored4'") as refused:
+        with pytest.raises(ValueError, match=r"model.weight_format='stored4'") as refused:
             call(settings(tmp_path, weight_format="stored4"))
         assert said in str(refused.value)
         assert "\n" not in str(refused.value)

@@ -32,6 +32,8 @@ MOST_REGISTERS = {
     "attend_packed_kernel": 168,
     "pack_kernel": 64,
     "probabilities_kernel": 32,
+    "linear4_kernel": 128,
+    "widen4_kernel": 40,
 }
 #: fp32, bf16 and fp16; where a row's lanes matter, three widths of each.
 INSTANCES = {
@@ -44,6 +46,8 @@ INSTANCES = {
     "pack_kernel": 3,
     "decode_scores_kernel": 9,
     "decode_attend_kernel": 9,
+    "linear4_kernel": 6,
+    "widen4_kernel": 3,
 }
 
 pytestmark = pytest.mark.skipif(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import gpu
 import pytest
 import torch
 from pools import close
@@ -34,7 +33,9 @@ def on(isa: str, x: Any) -> Any:
     """Where the kernels of an `isa` take it."""
     if isa != "cuda":
         return x
-    return Int4(gpu.there(x.data), x.outputs, x.inputs, x.group) if isinstance(x, Int4) else x.cuda()
+    if isinstance(x, Int4):
+        return Int4(x.data.cuda(), x.outputs, x.inputs, x.group)
+    return x.cuda()
 
 
 @pytest.mark.parametrize(("outputs", "width", "group"), SIZES)
@@ -49,6 +50,7 @@ def test_rounding_is_to_the_nearest(outputs: int, width: int, group: int) -> Non
     # Codes are of the scale as fp16 keeps it; the ends of a range give half a step to the zero.
     assert (error <= 0.5001 * scale)[inside].all()
     assert (error <= 1.01 * scale).all()
+    assert torch.equal(int4.rounded(weight, group), codes.widened(group))
 
 
 def test_what_has_one_sign_or_nothing_keeps_its_value() -> None:
@@ -118,13 +120,13 @@ def test_widened(isa: str, outputs: int, width: int, group: int, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_rows_and_any_shape(isa: str, dtype: torch.dtype) -> None:
-    weight, x = packed(1100, 256), inputs(100, 256, dtype)
+    weight, x = packed(1100, 256), inputs(200, 256, dtype)
     bias = weights(1, 1100)[0].to(dtype)
     whole = int4.unpack(weight).widened(128).to(dtype).double()
     want = x.double() @ whole.T + bias.double()
-    got = int4.linear(on(isa, x.view(4, 25, 256)), on(isa, weight), on(isa, bias)).cpu()
-    assert got.shape == (4, 25, 1100)
-    off = (got.view(100, 1100).double() - want).abs().max() / want.abs().max()
+    got = int4.linear(on(isa, x.view(4, 50, 256)), on(isa, weight), on(isa, bias)).cpu()
+    assert got.shape == (4, 50, 1100)
+    off = (got.view(200, 1100).double() - want).abs().max() / want.abs().max()
     assert off <= 8 * torch.finfo(dtype).eps  # torch's sums; rounded with and without the bias
 
 
@@ -154,11 +156,11 @@ def test_sizes_that_cannot_be_packed(width: int, group: int, said: str) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     weight, x = packed(16, 64), inputs(1, 64, torch.float32)
-    with pytest.raises(ValueError, match="linear4: x is of 32 channels; expected the 64 inputs"):
+    with pytest.raises(ValueError, match=r"linear4: x is of 32 channels; expected the 64 inputs"):
         int4.linear(x[:, :32], weight)
-    with pytest.raises(ValueError, match="linear4: weight.data is of 1 x 9 lines; expected 2 x 9"):
+    with pytest.raises(ValueError, match=r"linear4: weight.data is of 1 x 9 lines; expected 2 x 9"):
         int4.linear(x, Int4(weight.data, 32, 64, 128))
-    with pytest.raises(ValueError, match="linear4: x is torch.float16; expected"):
+    with pytest.raises(ValueError, match=r"linear4: x is torch.float16; expected"):
         int4.linear(x.half(), weight)
-    with pytest.raises(ValueError, match="widen4: first is 8; expected a multiple of 16 below 16"):
+    with pytest.raises(ValueError, match=r"widen4: first is 8; expected a multiple of 16 below 16"):
         int4.widened(weight, torch.float32, 8)

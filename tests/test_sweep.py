@@ -23,7 +23,7 @@ from quest_dist.plan import Point
 from quest_dist.prepare import prepare
 
 SWEEPS = compose.sweep_files()
-TIMES = {"kernels": 36, "breakdown": 12, "textgen": 12}
+TIMES = {"kernels": 36, "breakdown": 12, "textgen": 24}
 POINTS = {
     "attention_map": 1,
     "longbench_budgets": 156,

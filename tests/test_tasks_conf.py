@@ -53,7 +53,7 @@ def test_there_is_a_file_for_every_task_of_the_paper():
     ruler = {"niah_single", "niah_multikey", "niah_multivalue", "variable_tracking", "common_words"}
     paper = {*FORMS, "passkey", "passkey_long", "pg19", "recall", "attention_map", "sparsity"}
     times = {f"kernels_{size}" for size in ("512", *(f"{2**n}k" for n in range(7)))}
-    times |= {f"textgen_{size}" for size in ("8k", "16k", "32k")}
+    times |= {f"textgen_{bits}{n}k" for bits in ("", "w4_") for n in (8, 16, 32)}
     more = {f"speculation{kind}" for kind in ("", "_chain", "_lookup", "_tree16")}
     assert {path.stem for path in files("task")} == paper | ruler | times | more
 

@@ -142,7 +142,7 @@ def test_figure_10_says_what_is_not_run(tmp_path: Path) -> None:
     assert len(four_bit) == 15
     assert {(line["verdict"], line["series"]) for line in four_bit} == {("not run", "paper")}
     found = figures.verdicts("fig10", steps())
-    assert str(found["fig10b"]) == "not run: 4-bit weights are not implemented"
+    assert str(found["fig10b"]) == "not run: no points with 4-bit weights"
     assert str(found["fig10a"]) == (
         f"not comparable: other hardware (ours {CPU}, the paper RTX 6000 Ada)"
     )
@@ -162,6 +162,33 @@ def test_times_are_judged_on_the_papers_own_gpu_alone() -> None:
     assert figures.verdicts("fig10", steps("NVIDIA RTX 6000 Ada Generation"))["fig10a"].verdict == (
         "reproduced"
     )
+
+
+def test_figure_10_has_4_bit_weights_beside_16_bit_ones(tmp_path: Path) -> None:
+    packed = [
+        timed("textgen_w4", 32768, None, device="RTX 6000 Ada", ms=29.6),
+        timed("textgen_w4", 32768, 2048, device="RTX 6000 Ada", ms=13.3, speedup=29.6 / 13.3),
+    ]
+    rows = [*steps("RTX 6000 Ada"), *packed]
+    assert all(map(fig10.takes, rows))
+    lines = drawn("fig10", rows, tmp_path)
+    ours = {
+        (line["part"], line["budget"]): round(float(line["value"]), 3)
+        for line in lines
+        if line["series"] == "measured"
+    }
+    assert ours == {
+        **{("fig10a", ""): 1.0, ("fig10a", "2048"): 0.576},
+        **{("fig10b", ""): 1.0, ("fig10b", "2048"): 0.449},
+    }
+    assert {line["weights"] for line in lines if line["part"] == "fig10b"} == {"4 bits"}
+    found = figures.verdicts("fig10", rows)
+    assert {part: verdict.verdict for part, verdict in found.items()} == {
+        **{"fig10a": "reproduced", "fig10b": "reproduced"}
+    }
+    missing = [replace(row, n=0, status="missing", details="{}") for row in packed]
+    found = figures.verdicts("fig10", [*steps("RTX 6000 Ada"), *missing])
+    assert found["fig10b"].verdict == "not run"
 
 
 @pytest.mark.parametrize("module", [fig08, fig09, fig10])

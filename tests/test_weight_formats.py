@@ -164,7 +164,7 @@ def test_a_model_that_scales_do_not_fit_is_refused() -> None:
         model.base_model.layers[0] = layer
     with pytest.raises(ValueError, match="LlamaForCausalLM: scaling changes layer 0 by"):
         calibrated(model)
-    with pytest.raises(ValueError, match="Sequential has a layer without self_attn.q_proj"):
+    with pytest.raises(ValueError, match="Sequential has a layer without self_attn"):
         linear4.round_to_nearest(nn.Sequential(nn.Linear(8, 8)))
 
 
@@ -252,8 +252,7 @@ def point(method: Spec, budget: int | None) -> Point:
 
 
 @needs_bundled
-@pytest.mark.parametrize("chosen", ["rtn4"])
-def test_the_bundled_model_keeps_its_language(chosen: str) -> None:
+def test_the_bundled_model_keeps_its_language() -> None:
     full = models.load(BUNDLED)
     text = artefacts.bundled_text()
     ids = torch.tensor([full.language.encode(text)[-512:]])
@@ -263,8 +262,25 @@ def test_the_bundled_model_keeps_its_language(chosen: str) -> None:
         return float(nn.functional.cross_entropy(out, ids[0, 1:]).exp())
 
     want = perplexity(full)
-    got = perplexity(models.load({**BUNDLED, "weight_format": chosen}))
-    assert want < got < 1.25 * want
+    got = perplexity(models.load({**BUNDLED, "weight_format": "rtn4"}))
+    # 135M parameters, stored in 4 bits and blocks of 32 before: it loses far more than a 7B.
+    assert want < got < 1.5 * want
+
+
+@needs_bundled
+def test_real_activations_are_kept_better_than_by_rounding() -> None:
+    """Of the first layers, on text that was not calibrated on."""
+    full = models.load(BUNDLED)
+    full.model.base_model.layers = full.model.base_model.layers[:2]
+    ids = torch.tensor(full.language.encode(artefacts.bundled_text())[: 3 * 256]).view(3, 256)
+    found = awq.make(full, ids[:2], models.AWQ)
+    by_rounding, aware = copy.deepcopy(full.model), copy.deepcopy(full.model)
+    linear4.round_to_nearest(by_rounding)
+    awq.apply(aware, found)
+    with torch.no_grad():
+        want, *got = (m.base_model(ids[2:])[0].float() for m in (full.model, by_rounding, aware))
+    errors = [float((one - want).square().mean()) for one in got]
+    assert 0 < errors[1] < 0.9 * errors[0]
 
 
 @needs_bundled

@@ -12,7 +12,7 @@ import math
 import torch
 
 from quest_dist import machine_state, timing
-from quest_dist.bench import packed_cache
+from quest_dist.bench import packed_cache, packed_weights
 from quest_dist.bench.packed_part import COLUMNS
 from quest_dist.bench.report import Report
 from quest_dist.places import place_of
@@ -20,7 +20,7 @@ from quest_dist.shapes import SHAPES
 from quest_dist.timing import REUSE
 
 #: Modules of parts by the name that --part takes.
-PARTS = {"cache": packed_cache}
+PARTS = {"cache": packed_cache, "weights": packed_weights}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,8 @@ Lin et al., MLSys 2024 (arXiv 2306.00978), to the procedure of its llm-awq: line
 input have its channels multiplied by s = mean|x|^alpha (and what makes the input divided by it),
 alpha being the one of 20 that changes the block's output least once its weights are rounded; then
 each group's largest weight is lowered, at most to half, where that changes the output less, but
-not of q and k. A layer is searched in fp32, on the inputs that the full model gives it.
+not of q and k. A layer is searched in the model's dtype, on the inputs that the full model
+gives it.
 
 The tensors, by layer n: `n.PREVIOUS`, the scale of what PREVIOUS makes, fp32 [channels];
 `n.LINEAR.most`, fp16 [outputs, groups], the largest magnitude kept (infinite: no clipping).
@@ -30,7 +31,7 @@ SEQUENCES, LENGTH = 4, 512
 ALPHAS, SHRINKS, LEAST = 20, 20, 0.5
 CLIP_TOKENS = 512
 #: How far scaling alone may change a layer's output, relative to its spread.
-UNCHANGED = 1e-2
+UNCHANGED = 5e-2
 #: What makes an input; the linears that share it; the block whose output is compared.
 SHARED = (
     ("input_layernorm", ("q_proj", "k_proj", "v_proj"), "self_attn"),
@@ -53,7 +54,7 @@ def make(loaded: LoadedModel, tokens: Tensor, settings: Mapping[str, Any]) -> di
     layers = linear4.layers(loaded.model)
     hidden, given = _inputs(loaded.model, layers[0], tokens)
     for number, layer in enumerate(layers):
-        work = copy.deepcopy(layer).float()
+        work = copy.deepcopy(layer)
         seen, after = _watched(work, hidden, given)
         for previous, names, block in SHARED:
             linears = [_named(work, name) for name in names]
@@ -65,7 +66,7 @@ def make(loaded: LoadedModel, tokens: Tensor, settings: Mapping[str, Any]) -> di
             found[f"{number}.{previous}"] = scale
             _rescale(maker, linears, scale, loaded.model.dtype)
             for name in names:
-                seen[name] = x / scale
+                seen[name] = x.float() / scale
         _check_unchanged(loaded.model, number, _first(work(hidden, **given)), after)
         for name in CLIPPED:
             weight = _named(work, name).weight
@@ -105,15 +106,16 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
 def best_scale(linears: list[Any], x: Tensor, run: Callable[[], Tensor], group: int) -> Tensor:
     """The scale [channels] of an input x [..., channels] with which the rounded weights of
     `linears` change what `run` gives least; the weights are as before afterwards."""
-    mean = x.abs().flatten(0, -2).mean(0)
+    mean = x.float().abs().flatten(0, -2).mean(0)
     kept = [linear.weight.data for linear in linears]
     want, best, least = run(), torch.ones_like(mean), float("inf")
     for step in range(ALPHAS):
         scale = mean.pow(step / ALPHAS).clamp(min=1e-4)
         scale = scale / (scale.max() * scale.min()).sqrt()
         for linear, weight in zip(linears, kept, strict=True):
-            linear.weight.data = int4.quantise(weight * scale, group).widened(group) / scale
-        error = float((run() - want).square().mean())
+            tried = int4.rounded(weight.float() * scale, group) / scale
+            linear.weight.data = tried.to(weight.dtype)
+        error = float((run() - want).float().square().mean())
         if error < least:
             best, least = scale, error
     for linear, weight in zip(linears, kept, strict=True):
@@ -125,7 +127,7 @@ def best_scale(linears: list[Any], x: Tensor, run: Callable[[], Tensor], group: 
 def best_clip(weight: Tensor, x: Tensor, group: int) -> Tensor:
     """The largest magnitude to keep, fp16 [outputs, groups], of weights [outputs, inputs] that take
     x [tokens, inputs]: the one that changes the group's own product least."""
-    x = x[:: max(1, len(x) // CLIP_TOKENS)][:CLIP_TOKENS]
+    x, weight = x[:: max(1, len(x) // CLIP_TOKENS)][:CLIP_TOKENS].float(), weight.float()
     found = []
     for first in range(0, weight.shape[1], group):
         part, inputs = weight[:, first : first + group], x[:, first : first + group]
@@ -135,7 +137,7 @@ def best_clip(weight: Tensor, x: Tensor, group: int) -> Tensor:
         for step in range(int(SHRINKS * (1 - LEAST))):
             limit = largest * (1 - step / SHRINKS)
             kept = part.clamp(-limit[:, None], limit[:, None])
-            off = int4.quantise(kept, group).widened(group) - part
+            off = int4.rounded(kept, group) - part
             error = ((off @ second) * off).sum(1)
             better = error < least
             least = torch.where(better, error, least)
@@ -158,15 +160,16 @@ def _rescale(maker: nn.Module, linears: list[Any], scale: Tensor, dtype: torch.d
     """
     weight: Any = maker.weight
     if isinstance(maker, nn.Linear):
-        weight.data = weight.data / scale[:, None]
+        weight.data = (weight.data / scale[:, None]).to(weight.dtype)
         if maker.bias is not None:
-            maker.bias.data = maker.bias.data / scale
+            maker.bias.data = (maker.bias.data / scale).to(weight.dtype)
     else:
-        before = weight.data
-        weight.data = (before / scale).to(dtype).float()
-        scale = torch.where(weight.data == 0, scale, before / weight.data)
+        before = weight.data.float()
+        after = (before / scale).to(dtype).float()
+        weight.data = after.to(weight.dtype)
+        scale = torch.where(after == 0, scale, before / after)
     for linear in linears:
-        linear.weight.data = linear.weight.data * scale
+        linear.weight.data = (linear.weight.data * scale).to(linear.weight.dtype)
 
 
 def _named(layer: Any, name: str) -> Any:
@@ -175,7 +178,7 @@ def _named(layer: Any, name: str) -> Any:
 
 
 def _inputs(model: Any, first: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What the first layer is called with, in fp32: hidden states, and the rest by name."""
+    """What the first layer is called with: hidden states, and the rest by name."""
     taken: list[tuple[Any, Any]] = []
 
     def take(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -192,16 +195,7 @@ def _inputs(model: Any, first: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[
     (args, kwargs), *_ = taken
     kwargs = dict(kwargs)
     hidden = args[0] if args else kwargs.pop("hidden_states")
-    return _wide(hidden), _wide(kwargs)
-
-
-def _wide(x: Any) -> Any:
-    """Floating tensors in fp32, wherever they are."""
-    if isinstance(x, Tensor):
-        return x.float() if x.is_floating_point() else x
-    if isinstance(x, dict):
-        return {key: _wide(value) for key, value in x.items()}
-    return tuple(map(_wide, x)) if isinstance(x, tuple) else x
+    return hidden, kwargs
 
 
 def _watched(layer: Any, hidden: Tensor, given: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
@@ -237,7 +231,7 @@ def _first(out: Any) -> Tensor:
 
 
 def _check_unchanged(model: nn.Module, number: int, out: Tensor, before: Tensor) -> None:
-    off = float((out - before).square().mean().sqrt() / before.std())
+    off = float((out - before).float().square().mean().sqrt() / before.float().std())
     if not off < UNCHANGED:
         raise ValueError(
             f"{type(model).__name__}: scaling changes layer {number} by {off:.3g} of its output's"

@@ -108,20 +108,18 @@ class Squeezed(Method):
 
     def _row(self, row: int) -> _Row | None:
         """A row's clusters and thresholds; None where its prefix is not longer than the window."""
-        window = self._window(self.budgets[row])
-        if not self._seen or self._prefixes[row] <= window:
-            return None
-        found = self._rows[row]
-        if found is None:
-            key = self._places[row], window
-            if key not in self._contexts:
-                seen = {layer: rows[key[0]] for layer, rows in self._seen.items()}
-                self._contexts[key] = FixedContext(
-                    seen, window, self.clusters, self.coarse_clusters
-                )
-            context = self._contexts[key]
-            found = _Row(context, *context.calibrate(self.budgets[row] - window - 1))
-            self._rows[row] = found
+        found, window = self._rows[row], self._window(self.budgets[row])
+        if found is not None or not self._seen or self._prefixes[row] <= window:
+            return found
+        key = self._places[row], window
+        if key not in self._contexts:
+            seen = {layer: rows[key[0]] for layer, rows in self._seen.items()}
+            self._contexts[key] = FixedContext(seen, window, self.clusters, self.coarse_clusters)
+        context = self._contexts[key]
+        found = _Row(context, *context.calibrate(self.budgets[row] - window - 1))
+        self._rows[row] = found
+        if None not in self._rows:
+            self._seen.clear()  # keys are in the cache; only clustering needs them all at once
         return found
 
     def _threshold(self, row: int, found: _Row, length: int) -> float:

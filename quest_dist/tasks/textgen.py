@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quest_dist.tasks.sources import Source
 from quest_dist.tasks.prompt import Language
+from quest_dist.tasks.sources import Source
 from quest_dist.tasks.task import Cost, Sample, Speed
 from quest_dist.tasks.timed import Timed
 
