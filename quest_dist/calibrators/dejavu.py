@@ -30,7 +30,8 @@ VERSION = 1
 SETTINGS: tuple[str, ...] = ()
 SEQUENCES = 9
 LENGTH = 1024
-#: Tokens at the start of a sequence that have too little before them to be like a decode step.
+#: Tokens at the start of a sequence that have too little before them to be like a decode step; at
+#: most a quarter of it.
 SKIPPED = 64
 HIDDEN = 64
 STEPS = 150
@@ -55,8 +56,9 @@ class _Watched:
         out = ops.prefill_attend(q, k, v, scale)
         positions = torch.arange(q.shape[2], device=q.device)
         back = self._rotate(q[0].transpose(0, 1), -positions)
-        self.queries.setdefault(layer, []).append(back[SKIPPED:])
-        self.norms.setdefault(layer, []).append(out[0, SKIPPED:].float().norm(dim=-1))
+        first = min(SKIPPED, len(back) // 4)
+        self.queries.setdefault(layer, []).append(back[first:])
+        self.norms.setdefault(layer, []).append(out[0, first:].float().norm(dim=-1))
         return out
 
     def count(self) -> None:
