@@ -11,12 +11,12 @@ namespace py = pybind11;
 namespace {
 
 using Address = uintptr_t;
+using quest::Angles;
 using quest::Pages;
 using quest::Selection;
 using quest::Strided;
-using quest::Angles;
-using quest::cuda::Launch;
 using quest::Token;
+using quest::cuda::Launch;
 
 template <typename T>
 T* at(Address address) {

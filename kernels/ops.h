@@ -95,7 +95,8 @@ struct Token {
 // a group a head and lines, of kLine bytes each:
 //   head: fp16 scale[16], uint8 zero[16], 16 bytes of nothing;
 //   line, for each 8 inputs: uint32 word[16], one an output; bits 16 p + 4 n hold input 2 n + p.
-// Hence a line's 16-bit halves shifted by 4 n are the pairs of inputs that a bf16 dot product takes.
+// Hence a line's 16-bit halves shifted by 4 n are the pairs of inputs that a bf16 dot product
+// takes.
 struct Int4 {
   const uint8_t* data;
   int64_t outputs, inputs, group;  // inputs and group are multiples of 8
@@ -161,8 +162,9 @@ void prefill_attend(const Strided& q, const Strided& k, const Strided& v, int64_
                     int64_t heads, int64_t kv_heads, int64_t queries, int64_t length, int64_t dim,
                     float scale, void* out, void* workspace, int threads);
 
-// out [rows, outputs] = x [rows, inputs] times the weights, both of dtype. Weights are taken as they
-// are, never rounded to dtype; a row's bits depend neither on the other rows nor on the threads.
+// out [rows, outputs] = x [rows, inputs] times the weights, both of dtype. Weights are taken as
+// they are, never rounded to dtype; a row's bits depend neither on the other rows nor on the
+// threads.
 void linear4(const Int4& weights, const void* x, DType dtype, int64_t rows, void* out, int threads);
 
 // out [count, inputs]: the weights of outputs from `first` on, rounded to dtype.

@@ -74,11 +74,11 @@ void int4_some(const Int4Block& b, int64_t row, int64_t tile) {
 }
 
 // All rows and tiles, some<rows, tiles> together.
-#define QUEST_INT4_ROWS(some, R, T)                                     \
-  for (; b.rows - row >= R; row += R) {                                 \
-    int64_t tile = 0;                                                   \
-    for (; b.count - tile >= T; tile += T) some<R, T>(b, row, tile);    \
-    for (; tile < b.count; ++tile) some<R, 1>(b, row, tile);            \
+#define QUEST_INT4_ROWS(some, R, T)                                  \
+  for (; b.rows - row >= R; row += R) {                              \
+    int64_t tile = 0;                                                \
+    for (; b.count - tile >= T; tile += T) some<R, T>(b, row, tile); \
+    for (; tile < b.count; ++tile) some<R, 1>(b, row, tile);         \
   }
 
 void int4_rows(const Int4Block& b) {

@@ -46,8 +46,8 @@ void int4_some_pairs(const Int4Block& b, int64_t row, int64_t tile) {
           for (int r = 0; r < R; ++r) {
             int32_t two;
             __builtin_memcpy(&two, pairs + r * b.inputs + 2 * n, 4);
-            part[n % 2][r][t] = _mm512_dpbf16_ps(part[n % 2][r][t], weight,
-                                                 reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)));
+            part[n % 2][r][t] = _mm512_dpbf16_ps(
+                part[n % 2][r][t], weight, reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)));
           }
         }
       }

@@ -74,10 +74,9 @@ __global__ void __launch_bounds__(kBlock, 2) linear4_kernel(const __grid_constan
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) sum[r][o] = 0.0f;
     }
-#pragma unroll 2
+#pragma unroll(kRows == 1 ? 2 : 1)
     for (int line = lane / kOutputs; line < many; line += 8) {
-      const uint4 four =
-          __ldg(reinterpret_cast<const uint4*>(head + (line + 1) * kLine) + part);
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(head + (line + 1) * kLine) + part);
       const uint32_t word[kOutputs] = {four.x, four.y, four.z, four.w};
       float code[kOutputs][8];
 #pragma unroll
