@@ -24,7 +24,7 @@ from quest_dist.prepare import prepare
 from quest_dist.tasks.generated import Generated
 from quest_dist.tasks.speculation import Speculation
 from quest_dist.tasks.task import Outcome, Sample
-from quest_dist.token_tree import Tree, best_shape
+from quest_dist.token_tree import Tree, best_shape, grow
 
 STATELESS = [name for name in METHODS if method_spec(name).build().stateless()]
 HOW = {
@@ -215,6 +215,31 @@ def test_every_node_attends_as_the_decode_step_of_its_path(name: str) -> None:
             mine, wanted = batch.measured[node], alone.measured[0]
             assert mine.planned_low <= mine.attended <= mine.planned_high
             assert wanted.steps == tree.depths[node]
+
+
+def test_every_guess_is_the_drafts_for_the_path_to_its_node() -> None:
+    """All layers of the target guess what it will choose, in every branch."""
+    loaded, shape = tiny_loaded(), best_shape([0.5, 0.4], 13, 4)
+
+    def fresh(rows: int) -> Group:
+        return Group(method_spec("quest").build(), [13] * rows, 1)
+
+    with torch.inference_mode(), patch(loaded.model, lambda rows: [], 4) as patched:
+        prefix = engine.prefill(loaded, patched, SAMPLE, (), 20)
+        draft = drafts.EarlyExit(loaded, patched, 4)
+        draft.again(fresh)
+        draft.start(prefix.rows, [*SAMPLE.context, 5])
+        tree = grow(shape, 5, draft.guess)
+        draft.stop()
+        batch = speculation.Branches(prefix.rows, tree, fresh, patched.rotate)
+        at = [60 + depth - 1 for depth in tree.depths]
+        logits = engine.read(loaded, PagedCache(batch), [[t] for t in tree.tokens], at)
+    branching = 0
+    for node, children in enumerate(tree.children()):
+        best = logits[node, -1].topk(len(children)).indices.tolist()
+        assert [tree.tokens[child] for child in children] == best
+        branching += bool(children) and tree.ranks[node] > 0
+    assert branching > 1
 
 
 def test_acceptance_is_counted_by_rank_and_never_zero() -> None:
