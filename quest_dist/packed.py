@@ -37,7 +37,7 @@ def pack(packed: Packed, kv: Tensor, page_table: Tensor, keys: Tensor, values: T
     """Pack the keys of tokens keys[r] to packed.keys[r], and alike values, of each row of a layer.
 
     keys, values int32 [R]: what is packed already, or another row packs: rows may share blocks, but
-    only one may write into a block in a call. A block's levels must be 0, 1, ... (`packing.uniform`).
+    only one may write into a block in a call. Levels must be 0, 1, ... (`packing.uniform`).
     """
     a = Arguments("pack")
     a.take_pool(kv, page_table, None)

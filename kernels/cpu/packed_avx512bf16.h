@@ -15,8 +15,22 @@ namespace {
 using quest::cpu::kChunk;
 using quest::cpu::PackedChunk;
 
-// Loops that fill the registers stand apart: in one large function some would be spilled.
+// Loops that fill the registers stand apart, and are unrolled before anything else is done with
+// them: else sums that are elements of an array would stay in memory.
 #define QUEST_APART __attribute__((noinline))
+#define QUEST_HERE __attribute__((always_inline))
+
+template <int I>
+struct Number {
+  constexpr operator int() const { return I; }
+};
+template <int N, int I = 0, typename Body>
+QUEST_HERE inline void each(Body&& body) {
+  if constexpr (I < N) {
+    body(Number<I>());
+    each<N, I + 1>(body);
+  }
+}
 
 inline Vec halves(const uint8_t* at) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
@@ -121,19 +135,19 @@ QUEST_APART void fold_keys(const PackedChunk& c, int tile, const float* q, float
     ask(ahead + 4 * d, 128);
     const Vec scale = halves(block + 2 * d), more = halves(block + 2 * (d + kLanes));
     const Vec minimum = minima(d, scale), beside = minima(d + kLanes, more);
-    for (int h = 0; h < H; ++h) {
+    each<H>([&](auto h) QUEST_HERE {
       const Vec one = load(q + h * dim + d), two = load(q + h * dim + d + kLanes);
       low[h] = fma(two, beside, fma(one, minimum, low[h]));
       put_pairs(f.query + h * (kFastDim / 2) + d / 2, mul(one, scale), mul(two, more));
-    }
+    });
   }
   if (d < dim) {
     const Vec scale = halves(block + 2 * d), minimum = minima(d, scale);
-    for (int h = 0; h < H; ++h) {
+    each<H>([&](auto h) QUEST_HERE {
       const Vec one = load(q + h * dim + d);
       low[h] = fma(one, minimum, low[h]);
       put_pairs(f.query + h * (kFastDim / 2) + d / 2, mul(one, scale));
-    }
+    });
   }
   _mm_storeu_ps(f.minimum, sums(low));
 }
@@ -148,41 +162,38 @@ QUEST_APART void packed_keys(const PackedChunk& c, int first, __m512i table, Fol
     from[t] = c.block[first + t] + at;
     ahead[t] = c.next[first + t] == nullptr ? from[t] : c.next[first + t] + at;
   }
-  Vec even[H][T], odd[H][T];
-  for (int h = 0; h < H; ++h) {
-    for (int t = 0; t < T; ++t) even[h][t] = odd[h][t] = set1(0.0f);
-  }
+  Vec even[H * T], odd[H * T];
+  each<H * T>([&](auto i) QUEST_HERE { even[i] = odd[i] = set1(0.0f); });
   const uint32_t* query = f.query;
-  for (int64_t s = 0; s * kEach<B> < l.dim / 2; ++s) {
+  for (int64_t s = 0; s * kEach<B> < l.dim / 2; ++s, query += kEach<B>) {
     Strip<B> strip[T];
-    for (int t = 0; t < T; ++t) {
+    each<T>([&](auto t) QUEST_HERE {
       strip[t] = Strip<B>(from[t], s, l.high_plane);
       ask(ahead[t] + s * 64, 64);
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < kEach<B>; j += 2, query += 2) {
+    });
+    each<kEach<B> / 2>([&](auto j) QUEST_HERE {
       __m512bh one[T], two[T];
-      for (int t = 0; t < T; ++t) {
+      each<T>([&](auto t) QUEST_HERE {
         one[t] = strip[t].next(table);
         two[t] = strip[t].next(table);
-      }
-      for (int h = 0; h < H; ++h) {
-        const __m512bh q = everywhere(query[h * (kFastDim / 2)]);
-        const __m512bh r = everywhere(query[h * (kFastDim / 2) + 1]);
-        for (int t = 0; t < T; ++t) even[h][t] = _mm512_dpbf16_ps(even[h][t], q, one[t]);
-        for (int t = 0; t < T; ++t) odd[h][t] = _mm512_dpbf16_ps(odd[h][t], r, two[t]);
-      }
-    }
+      });
+      each<H>([&](auto h) QUEST_HERE {
+        const __m512bh q = everywhere(query[h * (kFastDim / 2) + 2 * j]);
+        const __m512bh r = everywhere(query[h * (kFastDim / 2) + 2 * j + 1]);
+        each<T>([&](auto t) QUEST_HERE {
+          even[h * T + t] = _mm512_dpbf16_ps(even[h * T + t], q, one[t]);
+          odd[h * T + t] = _mm512_dpbf16_ps(odd[h * T + t], r, two[t]);
+        });
+      });
+    });
   }
-  for (int h = 0; h < H; ++h) {
+  each<H * T>([&](auto i) QUEST_HERE {
+    const int h = i / T, tile = first + i % T;
     const Vec low = set1(f.minimum[h]), scale = set1(c.scale);
-    for (int t = 0; t < T; ++t) {
-      const Vec score = mul(add(add(even[h][t], odd[h][t]), low), scale);
-      const Vec never = set1(-__builtin_inff());
-      store(f.score + h * kTokens + (first + t) * kBlock,
-            _mm512_mask_blend_ps(c.listed[first + t], never, score));
-    }
-  }
+    const Vec score = mul(add(add(even[i], odd[i]), low), scale);
+    store(f.score + h * kTokens + tile * kBlock,
+          _mm512_mask_blend_ps(c.listed[tile], set1(-__builtin_inff()), score));
+  });
 }
 
 // As `soften` of a block, for a chunk's scores of heads from `head` on.
@@ -256,44 +267,36 @@ QUEST_APART void packed_values(const PackedChunk& c, int64_t head, int first, __
   constexpr int kShare = kPaired ? 2 : 1, kStrips = 8 / kEach<B>;
   int group[C];
   for (int i = 0; i < C; ++i) group[i] = static_cast<int>((first + i) * kLanes / l.width);
-  Vec sum[H][C];
-  for (int h = 0; h < H; ++h) {
-    const float* from = c.sum + (head + h) * c.stride + first * kLanes;
-    for (int i = 0; i < C; ++i) {
-      sum[h][i] = add(load(from + i * kLanes), set1(f.minima[group[i] * 4 + h]));
-    }
-  }
+  Vec sum[H * C];
+  float* state = c.sum + head * c.stride + first * kLanes;
+  each<H * C>([&](auto i) QUEST_HERE {
+    const int h = i / C, v = i % C;
+    sum[i] = add(load(state + h * c.stride + v * kLanes), set1(f.minima[group[v] * 4 + h]));
+  });
   for (int t = 0; t < c.tiles; ++t) {
     const int64_t at = l.value_codes + c.tile[t] * l.tile_bytes;
     const uint8_t* tile = c.block[t] + at;
     const uint8_t* ahead = c.next[t] == nullptr ? tile : c.next[t] + at;
     const uint32_t* weight[C / kShare];
-    for (int i = 0; i < C / kShare; ++i) {
-      weight[i] = f.weight_of(t, group[i * kShare]);
-    }
-    for (int s = 0; s < kStrips; ++s) {
+    each<C / kShare>([&](auto i) QUEST_HERE { weight[i] = f.weight_of(t, group[i * kShare]); });
+    each<kStrips>([&](auto s) QUEST_HERE {
       Strip<B> strip[C];
-      for (int i = 0; i < C; ++i) {
-        strip[i] = Strip<B>(tile, (first + i) * kStrips + s, l.high_plane);
-        ask(ahead + ((first + i) * kStrips + s) * 64, 64);
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < kEach<B>; ++j) {
+      each<C>([&](auto v) QUEST_HERE {
+        strip[v] = Strip<B>(tile, (first + v) * kStrips + s, l.high_plane);
+        ask(ahead + ((first + v) * kStrips + s) * 64, 64);
+      });
+      each<kEach<B>>([&](auto j) QUEST_HERE {
         __m512bh value[C];
-        for (int i = 0; i < C; ++i) value[i] = strip[i].next(table);
-        for (int h = 0; h < H; ++h) {
-          for (int i = 0; i < C; ++i) {
-            const __m512bh p = everywhere(weight[i / kShare][h * kBlock + s * kEach<B> + j]);
-            sum[h][i] = _mm512_dpbf16_ps(sum[h][i], p, value[i]);
-          }
-        }
-      }
-    }
+        each<C>([&](auto v) QUEST_HERE { value[v] = strip[v].next(table); });
+        each<H * C>([&](auto i) QUEST_HERE {
+          constexpr int h = i / C, v = i % C;
+          const __m512bh p = everywhere(weight[v / kShare][h * kBlock + s * kEach<B> + j]);
+          sum[i] = _mm512_dpbf16_ps(sum[i], p, value[v]);
+        });
+      });
+    });
   }
-  for (int h = 0; h < H; ++h) {
-    float* to = c.sum + (head + h) * c.stride + first * kLanes;
-    for (int i = 0; i < C; ++i) store(to + i * kLanes, sum[h][i]);
-  }
+  each<H * C>([&](auto i) QUEST_HERE { store(state + i / C * c.stride + i % C * kLanes, sum[i]); });
 }
 
 template <int B, int H>
@@ -343,5 +346,6 @@ void packed_chunk(const PackedChunk& c) {
 }
 
 #undef QUEST_APART
+#undef QUEST_HERE
 
 }  // namespace

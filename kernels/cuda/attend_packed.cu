@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (threadIdx.x == 0) {
     list = head;
     slot = r * a.heads + unit * a.queries + tile * kQueries;
-    const int64_t step = a.layout.group;
+    const int step = static_cast<int>(a.layout.group);
     ends = {packed_end(a.packed, a.packed.keys, r, length, step, Fault::kKeys, a.fault),
             packed_end(a.packed, a.packed.values, r, length, 1, Fault::kValues, a.fault)};
   }
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         spot.row = row_of(p, r, kv_head, page, at, a.fault);
         spot.token = page * static_cast<int>(p.page_size) + at;
         if (spot.token < packed) {
-          const int64_t block = spot.token / a.layout.group;
+          const int block = spot.token / static_cast<int>(a.layout.group);
           spot.block = block_of(a.packed, a.layout, p.kv_heads, r, block, kv_head, a.fault);
           if (spot.block == nullptr) spot.row = -1;
         }

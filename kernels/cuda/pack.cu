@@ -37,22 +37,21 @@ __device__ __forceinline__ uint32_t code_of(float x, float scale, float minimum,
 
 // A key or value of the row's pages, NaN where there is none.
 template <typename T>
-__device__ __forceinline__ float number_at(const PackArgs& a, int64_t row, int64_t kv_head,
-                                           int64_t token, bool value, int64_t channel) {
-  const int size = static_cast<int>(a.p.page_size);
-  const int64_t page = token / size, slot = token - page * size;
-  const int64_t at =
-      row_of(a.p, row, kv_head, static_cast<int>(page), static_cast<int>(slot), a.fault);
+__device__ __forceinline__ float number_at(const PackArgs& a, int row, int kv_head, int token,
+                                           bool value, int channel) {
+  const int size = static_cast<int>(a.p.page_size), page = token / size;
+  const int64_t at = row_of(a.p, row, kv_head, page, token - page * size, a.fault);
   if (at < 0) return __int_as_float(0x7fffffff);
   return widen(static_cast<const T*>(a.p.kv)[(at + (value ? size : 0)) * a.p.dim + channel]);
 }
 
 // Codes of tokens [first, last) of a packed block: of all its keys, or of some values.
-template <typename T>
-__device__ void put_codes(const PackArgs& a, int64_t row, int64_t kv_head, int64_t start,
-                          uint8_t* block, bool values, int first, int last) {
+template <typename T, bool values>
+__device__ __forceinline__ void put_codes(const PackArgs& a, int row, int kv_head, int start,
+                                          uint8_t* block, int first, int last) {
   const PackedLayout& l = a.layout;
-  const int tiles = static_cast<int>(l.group / 16), planes = l.bits == 3 ? 2 : 1;
+  const int group = static_cast<int>(l.group), width = static_cast<int>(l.width);
+  const int tiles = group / 16, planes = l.bits == 3 ? 2 : 1;
   for (int plane = 0; plane < planes; ++plane) {
     const int bits = l.bits == 3 ? 2 - plane : l.bits, each = 16 / bits;
     const int words = (static_cast<int>(l.vectors) + each - 1) / each * 32;
@@ -67,7 +66,7 @@ __device__ void put_codes(const PackArgs& a, int64_t row, int64_t kv_head, int64
         const int t = tile * 16 + (values ? vector % 8 * 2 + place % 2 : place / 2);
         const int c = values ? vector / 8 * 16 + place / 2 : vector * 2 + place % 2;
         if (c >= l.dim || t < first || t >= last) continue;
-        const int64_t number = c / l.width * l.group + t;
+        const int number = c / width * group + t;
         const uint8_t* scale = block + (values ? l.value_scales + 2 * number : 2 * c);
         const uint8_t* minimum = block + (values ? l.value_minima + 2 * number : 2 * (l.dim + c));
         const float x = number_at<T>(a, row, kv_head, start + t, values, c);
@@ -84,8 +83,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackArgs a) {
   const PackedLayout& l = a.layout;
   const Place place = place_of(a.p, static_cast<unsigned>(a.packed.row_blocks));
-  const int64_t row = place.row, kv_head = place.head, number = place.tile;
-  const int group = static_cast<int>(l.group), start = static_cast<int>(number) * group;
+  const int row = place.row, kv_head = place.head, number = place.tile;
+  const int group = static_cast<int>(l.group), start = number * group;
   const int slots = static_cast<int>(a.p.row_pages * a.p.page_size);
   const int keys = packed_end(a.packed, a.packed.keys, row, slots, group, Fault::kKeys, a.fault);
   const int values = packed_end(a.packed, a.packed.values, row, slots, 1, Fault::kValues, a.fault);
@@ -115,12 +114,12 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
       low = x < low ? x : low;
       high = x > high ? x : high;
     }
-    const int64_t at = 2 * (g * group + t);
+    const int at = 2 * (g * group + t);
     put_group(low, high, l.bits, block + l.value_scales + at, block + l.value_minima + at);
   }
   __syncthreads();  // a block's threads see each other's writes to memory
-  if (whole) put_codes<T>(a, row, kv_head, start, block, false, 0, group);
-  if (some > 0) put_codes<T>(a, row, kv_head, start, block, true, first, last);
+  if (whole) put_codes<T, false>(a, row, kv_head, start, block, 0, group);
+  if (some > 0) put_codes<T, true>(a, row, kv_head, start, block, first, last);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace cuda {
 // Leading tokens of a row whose keys (or values) are packed; what is beyond its blocks or tokens
 // counts as not packed.
 __device__ inline int packed_end(const Packed& packed, const int32_t* ends, int64_t row, int length,
-                                 int64_t step, Fault code, int64_t* fault) {
+                                 int step, Fault code, int64_t* fault) {
   const int end = ends[row];
   const int64_t room = packed.row_blocks * packed.group;
   const int most = static_cast<int>(length < room ? length : room);
@@ -76,7 +76,7 @@ __device__ __forceinline__ void unpack_value(const PackedLayout& l, const uint8_
   const int vector = c / 16 * 8 + t % 16 / 2, at = c % 16 * 4 + t % 2 * 2;
   const int bits = l.bits == 3 ? 2 : l.bits;
   const uint8_t* low = strip_of(tile, vector, bits) + at;
-  const int64_t number = c / l.width * l.group + t;
+  const int number = c / static_cast<int>(l.width) * static_cast<int>(l.group) + t;
   const float scale = half_at(block + l.value_scales + 2 * number);
   const float minimum = half_at(block + l.value_minima + 2 * number);
 #pragma unroll

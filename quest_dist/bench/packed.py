@@ -36,10 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Report:
     """Measure; ValueError for options that cannot be."""
     chosen = options.part or list(PARTS)
-    for key, value, choices in [
-        *(("part", name, PARTS) for name in chosen),
-        ("shape", options.shape, SHAPES),
-    ]:
+    asked = [("part", name, list(PARTS)) for name in chosen]
+    for key, value, choices in [*asked, ("shape", options.shape, list(SHAPES))]:
         if value not in choices:
             raise ValueError(f"--{key}={value} is unknown; choose one of {', '.join(choices)}")
     if not 0 < options.seconds < math.inf:

@@ -78,9 +78,9 @@ def _packed(cache: Cache, bits: int) -> Packed:
     keys, values = (context - 1) // RESIDUAL * RESIDUAL, context - 1 - RESIDUAL
     count = -(-keys // GROUP)
     blocks = ops.allocate_blocks(count, shape.kv_heads, Layout(bits, GROUP, shape.head_dim))
-    ends = [torch.tensor([end], dtype=torch.int32) for end in (keys, values)]
+    ends = torch.tensor([[keys], [values]], dtype=torch.int32)
     order = torch.arange(count, dtype=torch.int32)[None]
-    packed = Packed(blocks, order, *ends, uniform(bits), GROUP)
+    packed = Packed(blocks, order, ends[0], ends[1], uniform(bits), GROUP)
     start = torch.zeros(1, dtype=torch.int32)
     ops.pack(packed, cache.kv[0], cache.table, start, start)
     return packed
