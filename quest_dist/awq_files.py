@@ -121,7 +121,7 @@ class _Tensors:
         from safetensors import safe_open
 
         self.folder = folder
-        self._files = [
+        self._files: list[Any] = [
             safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))
         ]
         self.places = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118

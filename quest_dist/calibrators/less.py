@@ -200,7 +200,8 @@ def beginning(
 
     def normal(*shape: int) -> Tensor:
         weight = torch.randn(*shape) * shape[-2] ** -0.5
-        return weight.to(device).requires_grad_()
+        made: Tensor = weight.to(device)
+        return made.requires_grad_(True)
 
     def scale() -> Tensor:
         return torch.full((kv_heads, 1, rank), SCALE, device=device, requires_grad=True)
