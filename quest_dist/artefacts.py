@@ -143,11 +143,12 @@ def header_of(path: Path) -> dict[str, Any]:
 def read(path: str) -> dict[str, Tensor]:
     """The tensors of an artefact, on the CPU; kept while they are among the last few in use and
     the file is the same."""
-    return _read(path, Path(path).stat().st_mtime_ns)
+    state = Path(path).stat()
+    return _read(path, (state.st_ino, state.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=8)
-def _read(path: str, written: int) -> dict[str, Tensor]:
+def _read(path: str, state: tuple[int, int]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return dict(load_file(path))

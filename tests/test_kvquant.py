@@ -14,6 +14,7 @@ from torch import Tensor
 import quest_dist
 from quest_dist import reference
 from quest_dist.attention_inputs import turned
+from quest_dist.batch import Group, new_batch
 from quest_dist.methods.full import Full
 from quest_dist.methods.kvquant import KVQuant
 from quest_dist.methods.kvquant_tokens import Rules, Tokens, outlier_values, token_bytes
@@ -248,6 +249,27 @@ def test_rows_of_one_prefix_hold_it_once_and_their_own_tokens_apart() -> None:
     assert rows[0].own is not rows[1].own
     methods[0].keep([2])
     assert methods[0]._layers[0].rows == [rows[2]]
+
+
+def test_rows_of_other_texts_share_nothing() -> None:
+    streams = [Stream.random(60, seed=1), Stream.random(60, seed=2)]
+
+    def outputs(chosen: list[Stream]) -> Tensor:
+        method = method_spec("kvquant3").build()
+        group = Group(method, [0] * len(chosen), 0)
+        batch = new_batch(chosen[0].geometry, 4, [group], len(chosen), turn)
+        steps = []
+        for tokens in (slice(0, 50), *(slice(t, t + 1) for t in range(50, 60))):
+            q, k, v = (
+                torch.stack([getattr(one, part)[0, :, tokens] for one in chosen]) for part in "qkv"
+            )
+            batch.write(0, k, v, None)
+            steps.append(batch.attend(0, q, k, v, 0.25)[:, -1])
+        return torch.stack(steps[1:])
+
+    together = outputs(streams)
+    for row, stream in enumerate(streams):
+        assert torch.equal(together[:, row], outputs([stream])[:, 0])
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -158,6 +158,14 @@ def test_an_artefact_ascends_and_quantises_the_text_it_was_made_of_better_than_s
             previous = errors[0]
 
 
+def test_numbers_that_move_the_loss_more_get_more_centroids() -> None:
+    x = random(5000, seed=8).div(3).clamp(-1, 1)
+    plain = kvquant._fitted(x, torch.ones(5000))
+    pulled = kvquant._fitted(x, torch.where(x > 0, 100.0, 1.0))
+    assert int((plain["3"] > 0).sum()) == 4
+    assert int((pulled["3"] > 0).sum()) > 5
+
+
 def test_q_norm_keeps_mean_and_deviation() -> None:
     x = (random(5000, seed=8).div(4) + 0.1).clamp(-1, 1)
     fitted = kvquant._fitted(x, random(5000, seed=9).square())
