@@ -86,7 +86,7 @@ def _grouped(weight: Tensor, group: int) -> list[Tensor]:
     """Weights as fp32 [outputs, groups, inputs of a group]: the whole groups, and the last."""
     whole = weight.shape[1] - weight.shape[1] % group
     parts = ((weight[:, :whole], group), (weight[:, whole:], weight.shape[1] - whole))
-    return [part.unflatten(1, (-1, width)).float() for part, width in parts if part.shape[1]]
+    return [part.reshape(len(part), -1, width).float() for part, width in parts if part.shape[1]]
 
 
 def _nearest(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
