@@ -8,8 +8,6 @@ linears stored in full stay so. Nothing but safetensors is read.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +18,6 @@ from quest_dist import linear4
 from quest_dist.int4 import Codes, pack
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-GROUPS = (32, 64, 128)
-WANTED: Mapping[str, Any] = {
-    "quant_method": "awq",
-    "bits": 4,
-    "version": "gemm",
-    "zero_point": True,
-}
-
-
-def stored(folder: Path) -> Any:
-    """What a folder's config.json says of quantisation; None where its weights are full."""
-    return json.loads((folder / "config.json").read_bytes()).get("quantization_config")
-
-
-def group_of(said: Any, where: str) -> int:
-    """The group size of a checkpoint whose config says so; ValueError, which begins with `where`,
-    for what is not read here."""
-    if not isinstance(said, Mapping):
-        raise ValueError(f"{where}: its config.json has no quantization_config; use full weights")
-    for key, wanted in WANTED.items():
-        found = said.get(key)
-        if (found.lower() if isinstance(found, str) else found) != wanted:
-            raise ValueError(
-                f"{where}: quantization_config.{key} is {found!r}; only {wanted!r} is read"
-            )
-    group = said.get("group_size")
-    if group not in GROUPS:
-        choices = ", ".join(map(str, GROUPS))
-        raise ValueError(
-            f"{where}: quantization_config.group_size is {group!r}; choose from {choices}"
-        )
-    return int(group)
 
 
 @torch.no_grad()
@@ -124,7 +90,7 @@ class _Tensors:
         self._files: list[Any] = [
             safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))
         ]
-        self.places = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        self.places: dict[str, Any] = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
 
     def get(self, name: str) -> Tensor:
         """A tensor; ValueError where there is none."""

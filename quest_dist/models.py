@@ -138,11 +138,9 @@ def check(settings: Mapping[str, Any], device: str = "cpu") -> None:
 
 def _check_format(folder: Path, chosen: str) -> None:
     """Raise ValueError where a folder's weights are not stored as `weight_format` says."""
-    from quest_dist import awq_files
-
-    said, where = awq_files.stored(folder), f"model.weight_format={chosen!r}, {str(folder)!r}"
+    said, where = weights.quantisation(folder), f"model.weight_format={chosen!r}, {str(folder)!r}"
     if chosen == "stored4":
-        awq_files.group_of(said, where)
+        weights.awq_group(said, where)
     elif said is not None:
         raise ValueError(f"{where}: its weights are quantised already; choose stored4")
 
@@ -290,7 +288,7 @@ def _stored4(
         wanted = ["*.json", "*.safetensors"]
         where = huggingface_hub.snapshot_download(str(where), allow_patterns=wanted, **extra)
     folder = Path(where)
-    group = awq_files.group_of(awq_files.stored(folder), "model.weight_format='stored4'")
+    group = weights.awq_group(weights.quantisation(folder), "model.weight_format='stored4'")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     del config.quantization_config
     auto: Any = transformers.AutoModelForCausalLM

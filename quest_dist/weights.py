@@ -7,11 +7,20 @@ both are looked at first. Standard library and huggingface_hub only, the latter 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+#: What an AWQ checkpoint must say of itself to be read here.
+AWQ_GROUPS = (32, 64, 128)
+AWQ: Mapping[str, Any] = {
+    "quant_method": "awq",
+    "bits": 4,
+    "version": "gemm",
+    "zero_point": True,
+}
 
 
 def check_folder(folder: Path, where: str) -> None:
@@ -64,3 +73,28 @@ def _check(path: Path, where: str) -> None:
                 f"{where}: {path.name} names the weights {name!r}; only its own .safetensors"
                 " files are read"
             )
+
+
+def quantisation(folder: Path) -> Any:
+    """What a folder's config.json says of quantisation; None where its weights are full."""
+    return json.loads((folder / CONFIG).read_bytes()).get("quantization_config")
+
+
+def awq_group(said: Any, where: str) -> int:
+    """The group size of a checkpoint whose config says so; ValueError, which begins with `where`,
+    for what is not read here."""
+    if not isinstance(said, Mapping):
+        raise ValueError(f"{where}: its config.json has no quantization_config; use full weights")
+    for key, wanted in AWQ.items():
+        found = said.get(key)
+        if (found.lower() if isinstance(found, str) else found) != wanted:
+            raise ValueError(
+                f"{where}: quantization_config.{key} is {found!r}; only {wanted!r} is read"
+            )
+    group = said.get("group_size")
+    if group not in AWQ_GROUPS:
+        choices = ", ".join(map(str, AWQ_GROUPS))
+        raise ValueError(
+            f"{where}: quantization_config.group_size is {group!r}; choose from {choices}"
+        )
+    return int(group)
