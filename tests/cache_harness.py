@@ -67,7 +67,6 @@ def is_exact(name: str) -> bool:
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {}
 VARIANTS["quest with int8"] = ("quest", {"metadata": "int8"})
 VARIANTS["squeezed in two levels"] = ("squeezed", {"clusters": 0.2, "coarse_clusters": 0.1})
-VARIANTS["dejavu by predictors"] = ("dejavu", {"heads": "predicted"})
 
 
 def can_be_a_pyramid(name: str) -> bool:
