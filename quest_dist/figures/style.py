@@ -48,10 +48,15 @@ LOOKS = {
     "pyramidkv": Look("#b89a8e", "8"),
     "dejavu": Look("#708238", "H"),
     "qhitter": Look("#4f7f9b", ">"),
-    "kivi": Look("#a05a7c", "X"),
-    "kvquant": Look("#d49fb8", "P"),
+    "kivi4": Look("#a05a7c", "X"),
+    "kivi2": Look("#d3a3ba", "X"),
+    "quest_kivi4": Look("#4aa3d8", "o"),
+    "kvquant4": Look("#7d5fb2", "P"),
+    "kvquant3": Look("#a48fd0", "P"),
+    "kvquant2": Look("#cbbfe6", "P"),
     "squeezed": Look("#7d8a3c", "d"),
-    "less": Look("#54707d", "*"),
+    "less_h2o": Look("#54707d", "*"),
+    "less_window": Look("#9fb4bd", "*"),
 }
 SPARE = (Look("#937860", "8"), Look("#5f9ea0", "H"), Look("#9e9ac8", "d"), Look("#a1887f", "X"))
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)))
