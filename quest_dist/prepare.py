@@ -214,6 +214,7 @@ def _with_artefacts(points: Sequence[Point]) -> list[Point]:
     for point in points:
         both = plan.canonical([point.model.canonical(), point.method.canonical()])
         if both not in known:
+            _method(point.method)  # what is wrong with its settings is said as everywhere
             try:
                 known[both] = artefacts.identified(point.method, point.model.identity)
             except ValueError as error:
