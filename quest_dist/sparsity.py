@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quest_dist import artefacts
 from quest_dist.attention import patch
 from quest_dist.batch import Group, Measured
 from quest_dist.cost import MOST_ROWS
@@ -47,6 +48,8 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
     """
     check_sample(sample, loaded.language.max_length)
     page_size = points[0].page_size
+    for point in points:
+        artefacts.ready(loaded, point.method)  # made from the model as it is, not patched
     with patch(loaded.model, lambda rows: [], page_size) as patched:
         layers = _layers(points, patched.geometry.layers)
         sparse = list(_one_layer_each(loaded, points, layers))
