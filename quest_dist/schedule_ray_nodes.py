@@ -66,6 +66,8 @@ def check(nodes: Sequence[Node], places: Sequence[str]) -> None:
         try:
             version, code, found = ray.get(task)
         except Exception as error:
+            if not _lives(asked[task]):
+                continue  # it was dying: its units go elsewhere
             last = str(error).strip().splitlines()[-1]
             raise ValueError(
                 f"cluster: {name} cannot import quest_dist ({last}); install it there, or put the"
@@ -83,11 +85,17 @@ def check(nodes: Sequence[Node], places: Sequence[str]) -> None:
                     f"cluster: {name} {lacks} {place}, which units read; mount the same disk"
                     " there, or copy it to the same path"
                 )
-    if silent:
+    for task in silent:
+        if not _lives(asked[task]):
+            continue
         raise ValueError(
-            f"cluster: node {asked[silent[0]].address} did not answer within {ANSWER_SECONDS:g} s;"
+            f"cluster: node {asked[task].address} did not answer within {ANSWER_SECONDS:g} s;"
             " look at its raylet's log, or stop it"
         )
+
+
+def _lives(node: Node) -> bool:
+    return node.id in {each.id for each in living()}
 
 
 def _answer(places: list[str]) -> tuple[str, str, dict[str, str | None]]:

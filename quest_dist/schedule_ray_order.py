@@ -58,7 +58,7 @@ class Replacing(FIFOScheduler):
         return next(iter(waiting[max(0, starting) :]), None) or next(iter(waiting), None)
 
 
-class Dealing(BasicVariantGenerator):  # type: ignore[misc]
+class Dealing(BasicVariantGenerator):
     """Hands out trials as a dealer binds their units to kinds of nodes.
 
     `need` are the resources of a worker, whatever the kind.
@@ -77,7 +77,7 @@ class Dealing(BasicVariantGenerator):  # type: ignore[misc]
     def __reduce__(self) -> tuple[Any, ...]:
         return BasicVariantGenerator, ()  # Tune keeps a copy of its settings, which nothing reads
 
-    def save_to_dir(self, dirpath: str, session_str: str) -> None:
+    def save_to_dir(self, dirpath: str, session_str: str = "", **_: Any) -> None:
         """Nothing to keep: what is left is what the ledger lacks."""
 
     def is_finished(self) -> bool:
@@ -87,7 +87,7 @@ class Dealing(BasicVariantGenerator):  # type: ignore[misc]
     def next_trial(self) -> Any:
         """The next trial, bound to a kind of node; None: wait."""
         if not self._units:
-            while (trial := super().next_trial()) is not None:
+            while (trial := super().next_trial()) is not None:  # type: ignore[no-untyped-call]
                 self._keep(trial)
         self._look()
         if time.monotonic() - self._asked < _LOOK_SECONDS:

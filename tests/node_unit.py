@@ -1,9 +1,9 @@
 """A unit of work that says on which node of `raylets` it ran, and takes as long as it says.
 
 `run` has the signature of `quest_dist.worker.run`. A sample takes NODE_SECONDS for every 1,000
-tokens of its task's context, less on a node of more than one NODE_SPEED (`raylets` sets it, and
-NODE_NAME, from a node's resources). NODE_LOG gets a line for each sample that begins. As a program:
-`python node_unit.py OUTPUT_DIR [override ...]` runs a sweep of it.
+tokens of its task's context, less on a node of more than one NODE_SPEED; on one with a NODE_HOLD,
+samples from 4 on wait for that file (`raylets` sets what is a node's own). NODE_LOG gets a line for
+each sample that begins. As a program: `python node_unit.py OUTPUT_DIR [override ...]` runs a sweep.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def run(unit: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[dict[st
         with Path(os.environ["NODE_LOG"]).open("a") as lines:
             node = os.environ.get("NODE_NAME", "?")
             lines.write(f"{work.first.task.name} {index} {node} {os.getpid()} {time.time():.3f}\n")
+        hold = os.environ.get("NODE_HOLD")
+        while hold and index >= 4 and not Path(hold).exists():
+            time.sleep(0.05)
         time.sleep(seconds / float(os.environ.get("NODE_SPEED", "1")))
         records = [tiny_unit.record(point, index) for point in work.points]
         yield {"unit": work.key, "sample": index, "records": records}

@@ -14,18 +14,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from processes import TESTS, kill
 
-#: A dead node is noticed after a second or two here; Ray's own defaults take 15.
+#: A killed node is given up after a second or two here; Ray's own defaults take some 15.
 IMPATIENT = {"health_check_period_ms": 400, "health_check_failure_threshold": 3}
 STORE = 80 * 2**20
 ONE: Mapping[str, float] = {"CPU": 1}
-NETWORK, MOUNTS = 0x40000000, 0x00020000  # Linux's CLONE_NEWNET, CLONE_NEWNS
-HERE, THERE = "10.213.77.1", "10.213.77.2"  # both ends of a pair of virtual Ethernet devices
+# Linux's CLONE_NEWNET, CLONE_NEWNS and CLONE_FS
+NETWORK, MOUNTS, ROOTS = 0x40000000, 0x00020000, 0x200
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Raylets:
@@ -96,8 +98,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Ray prints, too
     head: dict[str, Any] = {"num_cpus": 0, "object_store_memory": STORE}
-    if not os.environ.get("RAYLETS_PATIENT"):
-        head["_system_config"] = IMPATIENT
+    head["_system_config"] = IMPATIENT
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes: dict[str, Any] = {}
     print(cluster.address, file=answers, flush=True)
@@ -125,13 +126,12 @@ def _added(cluster: Any, nodes: dict[str, Any], asked: Mapping[str, Any]) -> str
     with contextlib.ExitStack() as stack:
         try:
             if asked["hides"]:
-                stack.enter_context(_namespace(MOUNTS, "mnt"))
-                _system("mount --make-rprivate /", f"mount -t tmpfs none {asked['hides']}")
+                stack.enter_context(_back("mnt", MOUNTS))
+                _hide(asked["hides"])
             if asked["apart"]:
-                stack.enter_context(_network())
-                given["node_ip_address"] = THERE
+                stack.enter_context(_back("net", NETWORK))
+                given["node_ip_address"] = _network()
         except (OSError, subprocess.CalledProcessError):
-            stack.close()
             if asked["hides"]:
                 return "not permitted"
         nodes[asked["name"]] = node = cluster.add_node(**given)
@@ -139,60 +139,55 @@ def _added(cluster: Any, nodes: dict[str, Any], asked: Mapping[str, Any]) -> str
 
 
 @contextlib.contextmanager
-def _namespace(flag: int, name: str) -> Iterator[None]:
-    """What this thread starts meanwhile lives in a new namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    home = os.open(f"/proc/thread-self/ns/{name}", os.O_RDONLY)
-    if libc.unshare(flag):
-        raise OSError(ctypes.get_errno(), f"unshare {name}")
-    try:
+def _back(name: str, flag: int) -> Iterator[None]:
+    """Return to this namespace at the end, if it was left; what was started stays in the other."""
+    place = Path(f"/proc/thread-self/ns/{name}")
+    with place.open() as home:
+        here = place.stat().st_ino
         yield
-    finally:
-        if libc.setns(home, flag):
-            raise OSError(ctypes.get_errno(), f"setns {name}")
-        os.close(home)
+        if place.stat().st_ino != here:
+            LIBC.unshare(ROOTS)  # of threads that share their root none may change its mounts
+            assert LIBC.setns(home.fileno(), flag) == 0, os.strerror(ctypes.get_errno())
 
 
-@contextlib.contextmanager
-def _network() -> Iterator[None]:
-    """A network of its own, which reaches this one by a pair of virtual Ethernet devices."""
-    with _namespace(NETWORK, "net"):
-        # It holds the namespace until the node is there, and is how `ip` is told which one.
-        holder = subprocess.Popen(["sleep", "600"])
+def _hide(folder: str) -> None:
+    """Put an empty folder in a folder's place, for this thread and what it starts."""
+    if LIBC.unshare(MOUNTS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    _system("mount --make-rprivate /", f"mount -t tmpfs none {folder}")
+
+
+def _network() -> str:
+    """Move this thread into a network of its own, which reaches ours by a pair of virtual Ethernet
+    devices; its address there."""
+    name, here = f"q{os.getpid()}", Path("/proc/self/ns/net").stat().st_ino
+    ours, theirs = (f"10.213.{os.getpid() % 250}.{n}" for n in (1, 2))
+    holder = subprocess.Popen(["unshare", "--net", "sleep", "60"], stderr=subprocess.DEVNULL)
     try:
+        place = Path(f"/proc/{holder.pid}/ns/net")
+        while place.stat().st_ino == here:
+            if holder.poll() is not None:
+                raise OSError("no network namespaces")
+            time.sleep(0.01)
         _system(
-            "ip link add quest0 type veth peer name quest1",
-            f"ip link set quest1 netns {holder.pid}",
-            f"ip addr add {HERE}/30 dev quest0",
-            "ip link set quest0 up",
+            f"ip link add {name} type veth peer name {name}x",
+            f"ip link set {name}x netns {holder.pid}",
+            f"ip addr add {ours}/30 dev {name}",
+            f"ip link set {name} up",
         )
-        with _joined(holder.pid):
-            _system(
-                "ip link set lo up",
-                f"ip addr add {THERE}/30 dev quest1",
-                "ip link set quest1 up",
-                f"ip route add default via {HERE}",
-            )
-            yield
+        with place.open() as file:
+            if LIBC.setns(file.fileno(), NETWORK):
+                raise OSError(ctypes.get_errno(), "setns")
+        _system(
+            "ip link set lo up",
+            f"ip addr add {theirs}/30 dev {name}x",
+            f"ip link set {name}x up",
+            f"ip route add default via {ours}",
+        )
     finally:
         holder.kill()
         holder.wait()
-
-
-@contextlib.contextmanager
-def _joined(pid: int) -> Iterator[None]:
-    """What this thread starts meanwhile lives in a process's network."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    there = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
-    if libc.setns(there, NETWORK):
-        raise OSError(ctypes.get_errno(), "setns net")
-    try:
-        yield
-    finally:
-        libc.setns(home, NETWORK)
-        os.close(home)
-        os.close(there)
+    return theirs
 
 
 def _system(*commands: str) -> None:

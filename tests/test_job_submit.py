@@ -86,6 +86,6 @@ def test_a_sweep_runs_as_a_job_and_its_status_is_the_jobs(dashboard: str, tmp_pa
     assert "succeeded" in done.stdout
     assert tiny_sweep.run(tmp_path / "whole") == 0
     assert tiny_sweep.table(out) == tiny_sweep.table(tmp_path / "whole")
-    wrong = submitted("cluster.cpus_per_worker=99")
+    wrong = submitted("grid.method=[nope]")
     assert wrong.returncode != 0
-    assert "failed" in wrong.stdout
+    assert "unknown method 'nope'" in wrong.stdout + wrong.stderr
