@@ -262,7 +262,8 @@ std::vector<Task> tasks_of(const Job& job) {
                        int64_t list) {
     size_t most = 0;
     for (int64_t r = row; r < row + rows; ++r) most = std::max(most, job.of(r, list).size());
-    for (int64_t s = 0; s * kSplit < static_cast<int64_t>(most); ++s) {
+    // The last split first: it has the tokens that are not packed, which take longest.
+    for (int64_t s = (static_cast<int64_t>(most) + kSplit - 1) / kSplit - 1; s >= 0; --s) {
       tasks.push_back({row, rows, h, some, query_head, list, s});
     }
   };
@@ -353,6 +354,7 @@ void attend_packed(const Pages& p, const Packed& packed, const void* q, int64_t 
     const int64_t row = i / job.lists();
     std::vector<Tile>& tiles = job.tiles[static_cast<size_t>(i)];
     if (!anything_packed(packed, row)) continue;
+    tiles.reserve(static_cast<size_t>(lengths[row] / kBlock + 1));
     make_tiles(job, row, i % job.lists(), tiles);
     const int64_t splits = (static_cast<int64_t>(tiles.size()) + kSplit - 1) / kSplit;
     job.splits = std::max(job.splits, splits);
@@ -364,9 +366,10 @@ void attend_packed(const Pages& p, const Packed& packed, const void* q, int64_t 
   const std::vector<Task> tasks = tasks_of(job);
   parallel(static_cast<int64_t>(tasks.size()), threads,
            [&](int64_t i) { run(job, tasks[static_cast<size_t>(i)]); });
-  parallel(p.rows, job.splits * p.rows * heads > 512 ? threads : 1, [&](int64_t row) {
+  parallel(p.rows * p.kv_heads, job.splits * p.rows * heads > 512 ? threads : 1, [&](int64_t i) {
+    const int64_t row = i / p.kv_heads, first = i % p.kv_heads * job.group;
     if (!anything_packed(packed, row)) return;
-    for (int64_t k = 0; k < heads; ++k) merge(job, row, k);
+    for (int64_t k = first; k < first + job.group; ++k) merge(job, row, k);
   });
   for (int64_t row = 0; row < p.rows; ++row) {
     if (!anything_packed(packed, row)) attend_unpacked(job, q, row, threads);
