@@ -216,7 +216,7 @@ def pack(
     native = compiled_cuda()
     pages, held = a.pages(native, kv, page_table), a.packed(native, packed)
     native.pack(_launch(kv), pages, held, keys.data_ptr(), values.data_ptr())
-    check(a, page_table=page_table, **_named(packed))
+    check(a, None, page_table=page_table, **_named(packed))
 
 
 def attend_packed(

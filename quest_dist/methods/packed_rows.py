@@ -107,7 +107,8 @@ class PackedRows:
             self._advance(view)
             self._step = view.step
         blocks = self._blocks(view)
-        packed = Packed(blocks, self._table, *self._ends, self._levels, self._packing.group)
+        keys, values = self._ends
+        packed = Packed(blocks, self._table, keys, values, self._levels, self._packing.group)
         ops.pack(packed, view.kv, view.page_table, *self._starts)
         return packed
 
