@@ -26,6 +26,7 @@ static_assert(kSplit % kChunk == 0, "a split holds whole chunks");
 struct Tile {
   const uint8_t* block;  // of kv head 0; nullptr: nothing here is packed
   int32_t number;        // in the row
+  int32_t within;        // in its block
   uint16_t listed;
   bool whole;  // every listed key and value is packed
 };
@@ -76,7 +77,9 @@ void add_run(const Job& job, int64_t row, int64_t first, int64_t last, std::vect
         block = packed_block(job.packed, job.layout, "attend_packed", job.p.kv_heads, row,
                              number * kBlock / job.layout.group);
       }
-      tiles.push_back({block, static_cast<int32_t>(number), listed, end <= both});
+      const int64_t within = number % (job.layout.group / kBlock);
+      tiles.push_back(
+          {block, static_cast<int32_t>(number), static_cast<int32_t>(within), listed, end <= both});
     }
     first = end;
   }
@@ -114,7 +117,7 @@ void attend_tile(const Job& job, const Tile& tile, int64_t row, int64_t kv_head,
   const int64_t levels = int64_t{1} << l.bits;
   for (int of = 0; of < 2; ++of) {
     if (tile.block == nullptr || ends[of] <= first) continue;
-    current_isa().unpack(l, tile.block + kv_head * l.bytes, first % l.group / kBlock,
+    current_isa().unpack(l, tile.block + kv_head * l.bytes, tile.within,
                          job.packed.levels + of * levels, of == 1, wide + of * kBlock * l.dim);
   }
   int64_t rows[kBlock];
@@ -157,9 +160,6 @@ void attend_tiles(const Job& job, const std::vector<Tile>& tiles, int64_t first,
                   int64_t row, int64_t kv_head, int64_t head, int64_t heads, float* state,
                   int64_t jump, int64_t next_head) {
   const PackedLayout& l = job.layout;
-  const auto within = [&](const Tile& tile) {
-    return static_cast<int>(tile.number % (l.group / kBlock));
-  };
   for (int64_t i = first; i < last;) {
     const Tile& tile = tiles[static_cast<size_t>(i)];
     if (job.fast == nullptr || !tile.whole) {
@@ -172,13 +172,13 @@ void attend_tiles(const Job& job, const std::vector<Tile>& tiles, int64_t first,
       const Tile& one = tiles[static_cast<size_t>(i)];
       const int at = chunk.tiles;
       chunk.block[at] = one.block + kv_head * l.bytes;
-      chunk.tile[at] = within(one);
+      chunk.tile[at] = one.within;
       chunk.listed[at] = one.listed;
       if (jump > 0) chunk.next[at] = chunk.block[at] + jump;
       const size_t later = static_cast<size_t>(i + kChunk);
       if (jump == 0 && later < tiles.size() && tiles[later].whole) {
         chunk.next[at] = tiles[later].block + next_head * l.bytes +
-                         (within(tiles[later]) - chunk.tile[at]) * l.tile_bytes;
+                         (tiles[later].within - one.within) * l.tile_bytes;
       }
     }
     chunk.layout = &l;
@@ -262,7 +262,8 @@ std::vector<Task> tasks_of(const Job& job) {
                        int64_t list) {
     size_t most = 0;
     for (int64_t r = row; r < row + rows; ++r) most = std::max(most, job.of(r, list).size());
-    for (int64_t s = 0; s * kSplit < static_cast<int64_t>(most); ++s) {
+    // The last split first: it has the tokens that are not packed, which take longest.
+    for (int64_t s = (static_cast<int64_t>(most) + kSplit - 1) / kSplit - 1; s >= 0; --s) {
       tasks.push_back({row, rows, h, some, query_head, list, s});
     }
   };
@@ -353,6 +354,7 @@ void attend_packed(const Pages& p, const Packed& packed, const void* q, int64_t 
     const int64_t row = i / job.lists();
     std::vector<Tile>& tiles = job.tiles[static_cast<size_t>(i)];
     if (!anything_packed(packed, row)) continue;
+    tiles.reserve(static_cast<size_t>(lengths[row] / kBlock + 1));
     make_tiles(job, row, i % job.lists(), tiles);
     const int64_t splits = (static_cast<int64_t>(tiles.size()) + kSplit - 1) / kSplit;
     job.splits = std::max(job.splits, splits);
@@ -364,9 +366,10 @@ void attend_packed(const Pages& p, const Packed& packed, const void* q, int64_t 
   const std::vector<Task> tasks = tasks_of(job);
   parallel(static_cast<int64_t>(tasks.size()), threads,
            [&](int64_t i) { run(job, tasks[static_cast<size_t>(i)]); });
-  parallel(p.rows, job.splits * p.rows * heads > 512 ? threads : 1, [&](int64_t row) {
+  parallel(p.rows * p.kv_heads, job.splits * p.rows * heads > 512 ? threads : 1, [&](int64_t i) {
+    const int64_t row = i / p.kv_heads, first = i % p.kv_heads * job.group;
     if (!anything_packed(packed, row)) return;
-    for (int64_t k = 0; k < heads; ++k) merge(job, row, k);
+    for (int64_t k = first; k < first + job.group; ++k) merge(job, row, k);
   });
   for (int64_t row = 0; row < p.rows; ++row) {
     if (!anything_packed(packed, row)) attend_unpacked(job, q, row, threads);

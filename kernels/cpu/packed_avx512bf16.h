@@ -196,6 +196,20 @@ QUEST_APART void packed_keys(const PackedChunk& c, int first, __m512i table, Fol
   });
 }
 
+// exp(x) for x <= 0, relative error below 1e-5: enough for weights that are rounded to bf16, in
+// fewer steps than exp_negative. 0 of -infinity.
+inline Vec exp_of(Vec x) {
+  const Vec power = max(mul(x, set1(1.44269504f)), set1(-160.0f));
+  const Vec whole = nearest(power), part = sub(power, whole);
+  Vec p = set1(1.33335581e-3f);
+  p = fma(p, part, set1(9.61812911e-3f));
+  p = fma(p, part, set1(5.55041087e-2f));
+  p = fma(p, part, set1(2.40226507e-1f));
+  p = fma(p, part, set1(6.93147181e-1f));
+  p = fma(p, part, set1(1.0f));
+  return _mm512_scalef_ps(p, whole);
+}
+
 // As `soften` of a block, for a chunk's scores of heads from `head` on.
 template <int H>
 QUEST_APART void soften_chunk(const PackedChunk& c, int64_t head, FoldedChunk<H>& f) {
@@ -208,7 +222,7 @@ QUEST_APART void soften_chunk(const PackedChunk& c, int64_t head, FoldedChunk<H>
     for (int t = 1; t < c.tiles; ++t) high = max(high, load(x + t * kBlock));
     const float seen = c.maximum[at], highest = top(high);
     if (highest > seen) {
-      const Vec shrink = set1(first_lane(exp_negative(set1(seen - highest))));
+      const Vec shrink = set1(first_lane(exp_of(set1(seen - highest))));
       c.maximum[at] = highest;
       c.total[at] *= first_lane(shrink);
       float* sum = c.sum + at;
@@ -217,7 +231,7 @@ QUEST_APART void soften_chunk(const PackedChunk& c, int64_t head, FoldedChunk<H>
     }
     const Vec offset = set1(c.maximum[at]);
     for (int t = 0; t < c.tiles; ++t) {
-      const Vec e = exp_negative(sub(load(x + t * kBlock), offset));
+      const Vec e = exp_of(sub(load(x + t * kBlock), offset));
       store(x + t * kBlock, e);
       totals[h] = add(totals[h], e);
     }

@@ -58,11 +58,12 @@ void unpack(const PackedLayout& l, const uint8_t* block, int64_t number, const f
   for (int64_t first = 0; first < l.dim; first += 16) {
     for (int64_t t = 0; t < kBlock; t += 2) {
       vector_codes(l, tile, first / 2 + t / 2, codes);
-      for (int64_t c = first; c < first + 16 && c < l.dim; ++c) {
-        for (int64_t one = t; one < t + 2; ++one) {
-          const int64_t at = 2 * (c / l.width * l.group + number * kBlock + one);
-          const float scale = from_half(block + l.value_scales + at);
-          const float low = from_half(block + l.value_minima + at);
+      // A group of values is 16 channels or more, or the head.
+      for (int64_t one = t; one < t + 2; ++one) {
+        const int64_t at = 2 * (first / l.width * l.group + number * kBlock + one);
+        const float scale = from_half(block + l.value_scales + at);
+        const float low = from_half(block + l.value_minima + at);
+        for (int64_t c = first; c < first + 16 && c < l.dim; ++c) {
           out[one * l.dim + c] = levels[codes[2 * (c - first) + one - t]] * scale + low;
         }
       }
