@@ -80,7 +80,7 @@ __device__ __forceinline__ void put_codes(const PackArgs& a, int row, int kv_hea
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackArgs a) {
+__global__ void __launch_bounds__(kThreads, 8) pack_kernel(const __grid_constant__ PackArgs a) {
   const PackedLayout& l = a.layout;
   const Place place = place_of(a.p, static_cast<unsigned>(a.packed.row_blocks));
   const int row = place.row, kv_head = place.head, number = place.tile;
