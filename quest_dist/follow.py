@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class Follower:
-    """Calls `copy` in the background after `notify`."""
+    """Calls `copy` in the background after `notify`, and before that, once and at once, `first`."""
 
-    def __init__(self, copy: Callable[[], object]) -> None:
-        self._copy = copy
+    def __init__(self, copy: Callable[[], object], first: Callable[[], object]) -> None:
+        self._copy, self._first = copy, first
         self._changed, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="follow", daemon=True)
 
@@ -40,14 +40,19 @@ class Follower:
         self._thread.join()
 
     def _loop(self) -> None:
+        self._call(self._first)
         while True:
             self._changed.wait()
             if self._stop.is_set():
                 return
             self._changed.clear()
             begin = time.thread_time()
-            try:
-                self._copy()
-            except Exception as error:  # a copy that fails must not stop the sweep
-                log.warning("no copy was made: %s: %s", type(error).__name__, error)
+            self._call(self._copy)
             self._stop.wait(max(EVERY, (time.thread_time() - begin) / SHARE))
+
+    @staticmethod
+    def _call(copy: Callable[[], object]) -> None:
+        try:
+            copy()
+        except Exception as error:  # a copy that fails must not stop the sweep
+            log.warning("no copy was made: %s: %s", type(error).__name__, error)
