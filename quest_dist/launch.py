@@ -186,9 +186,11 @@ def _following(
     if tracker is None:
         yield lambda: None
         return
-    follower = Follower(lambda: tracker.sync(reported.rows(sweep, ledger, made)))
+    # Connected while workers start: a new database is seconds of computing.
+    follower = Follower(
+        lambda: tracker.sync(reported.rows(sweep, ledger, made)), first=tracker.connect
+    )
     follower.start()
-    follower.notify()  # to connect while workers start: a new database is seconds of computing
     try:
         yield follower.notify
     finally:

@@ -75,6 +75,10 @@ class Tracker:
         self._failed_at: float | None = None  # None: the last try succeeded
         self._failed = False  # ever
 
+    def connect(self) -> bool:
+        """Reach the store, making its database where it is our own. As `sync` in all else."""
+        return self._try(self._open)
+
     def sync(self, rows: Sequence[Row]) -> bool:
         """Bring MLflow up to the rows: finished and failed points, their curves, the progress.
 
@@ -114,7 +118,7 @@ class Tracker:
         parts = [part for part in self.experiment.split("/") if part.strip(".")]
         return self.output_dir.joinpath("mlartifacts", *(parts or ["unnamed"]))
 
-    def _try(self, write: Callable[[], None]) -> bool:
+    def _try(self, write: Callable[[], object]) -> bool:
         """Write; once more, from what the store then has, unless it failed the last time too."""
         known = self._failed_at is not None
         for last in (True,) if known else (False, True):

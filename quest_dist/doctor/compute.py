@@ -22,7 +22,7 @@ SECONDS = 5.0  # that a tool may take to say its version
 
 def toolchain(asked: Asked) -> Iterator[Finding]:
     """The C++ compiler that builds the kernels, and CUDA's."""
-    built = importlib.util.find_spec("quest_dist._cpu") is not None
+    built = _built("_cpu")
     named = shlex.split(os.environ.get("CXX", ""))[:1]
     found = next((p for name in (*named, "c++", "g++", "clang++") if (p := shutil.which(name))), "")
     install = "install one (apt install g++, dnf install gcc-c++, xcode-select --install)"
@@ -37,7 +37,7 @@ def toolchain(asked: Asked) -> Iterator[Finding]:
     nvcc = shutil.which(places[0]) or shutil.which("nvcc") or shutil.which(places[-1])
     if nvcc:
         yield ok("nvcc", _said(nvcc) or nvcc)
-    elif available_gpus() and importlib.util.find_spec("quest_dist._cuda") is None:
+    elif available_gpus() and not _built("_cuda"):
         advice = f"install CUDA's nvcc or set CUDA_HOME, then {BUILD}"
         yield warning("nvcc", "not found, and there is a GPU without kernels", advice)
     else:
@@ -46,7 +46,7 @@ def toolchain(asked: Asked) -> Iterator[Finding]:
 
 def kernels(asked: Asked) -> Iterator[Finding]:
     """Whether the compiled ops load into this Python and answer as the reference does."""
-    if importlib.util.find_spec("quest_dist._cpu") is None:
+    if not _built("_cpu"):
         tags = [path.name.split(".")[1] for path in PACKAGE.glob("_cpu.*.so")]
         here = str(sysconfig.get_config_var("SOABI"))
         fact = f"built for {', '.join(tags)}, this is {here}" if tags else "not built"
@@ -96,7 +96,7 @@ def gpu(asked: Asked) -> Iterator[Finding]:
         return
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     fact = f"torch {torch.__version__} (CUDA {torch.version.cuda}): {', '.join(names)}"
-    if importlib.util.find_spec("quest_dist._cuda") is None:
+    if not _built("_cuda"):
         yield warning("gpu", f"{fact}; our kernels for it are not built", BUILD)
         return
     yield ok("gpu", f"{fact}; `cluster.device=cuda` computes there")
@@ -114,3 +114,9 @@ def _output(command: list[str]) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+def _built(name: str) -> bool:
+    """Whether a compiled module lies in this package: another checkout's may be found as well."""
+    found = importlib.util.find_spec(f"quest_dist.{name}")
+    return found is not None and Path(found.origin or "").parent == PACKAGE
