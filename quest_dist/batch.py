@@ -240,9 +240,11 @@ class Batch:
                 length, shares = self._step_lengths[row], group.layers_of(row - first)
                 moved = self._dense_bytes(length, shares)
                 for budget, mine in shares.items():
-                    tokens = sum(reads[first][layer][row - first] for layer in mine)
-                    mean = tokens / (len(mine) * shape.kv_heads)
-                    moved += len(mine) * group.method.bytes_moved(shape, length, budget, mean)
+                    # A draft leaves the model early: only layers that ran have read.
+                    ran = [reads[first][layer] for layer in mine if layer < len(reads[first])]
+                    if ran:
+                        mean = sum(read[row - first] for read in ran) / len(ran) / shape.kv_heads
+                        moved += len(ran) * group.method.bytes_moved(shape, length, budget, mean)
                 self.measured[row].bytes_moved += moved
 
     def count(self) -> None:
