@@ -162,7 +162,8 @@ def decode(
     """Prefill `prefix` tokens of the stream (in `chunks` if given), fork, and decode the rest one
     by one."""
     method = make()
-    method.artefact = artefact_for(method, stream.geometry)
+    if method.artefact is None:
+        method.artefact = artefact_for(method, stream.geometry)
     group = Group(method, list(budgets), dense_layers)
     first = new_batch(stream.geometry, page_size, (), 1, rotate, observers=[group])
     scale = stream.q.shape[-1] ** -0.5

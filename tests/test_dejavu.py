@@ -12,6 +12,7 @@ from tiny_models import tiny_loaded
 from torch import Tensor
 
 import quest_dist
+from quest_dist import artefacts
 from quest_dist.calibrators import dejavu as calibrator
 from quest_dist.methods.dejavu import DejaVu, features, predicted_norms
 from quest_dist.methods.full import Full
@@ -125,7 +126,7 @@ def test_predicted_heads_are_those_that_the_predictor_ranks_first(tmp_path: Path
 
 def test_without_its_artefact_a_predictor_says_how_to_make_one() -> None:
     with pytest.raises(ValueError, match="heads=predicted needs its predictors; python -m quest_"):
-        run(Stream.random(30), [8], 28, heads="predicted")
+        DejaVu(heads="predicted")._predictors()
     with pytest.raises(ValueError, match="heads='all': choose one of oracle, predicted"):
         DejaVu(heads="all")
     assert DejaVu().calibration is None
@@ -162,7 +163,8 @@ def test_predictors_are_made_from_a_model_and_see_what_it_will_show_them(
     assert weights["recall"].shape == (4, 4)
     assert weights["w1"].shape == (4, 64, calibrator.HIDDEN)
     place = tmp_path / "dejavu.safetensors"
-    save_file(weights, place)
+    made_of = artefacts.recipe("dejavu", vars(DejaVu(heads="predicted")), loaded.identity, "")
+    artefacts.write(weights, made_of, place)
 
     seen: list[Tensor] = []
 
