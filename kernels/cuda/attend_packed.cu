@@ -68,7 +68,7 @@ template <typename T, int kLanes, int kSome>
 __device__ __forceinline__ void attend_spots(const PackedArgs& a, const float (&query)[kQueries][8],
                                              const Spot* spots, const Ends& ends, int first,
                                              int last, Partial& part) {
-  constexpr int kTeams = kThreads / kLanes, kMany = sizeof(T) == 2 ? 4 : 2;
+  constexpr int kTeams = kThreads / kLanes, kMany = 2;  // more take longer to compile than to run
   const int lane = threadIdx.x % kLanes, team = threadIdx.x / kLanes;
 #pragma unroll 1
   for (int step = first; step < last; step += kTeams * kMany) {
@@ -186,13 +186,10 @@ __global__ void __launch_bounds__(kThreads, 3)
       spots[t - first] = spot;
     }
     __syncthreads();
-    static_assert(kQueries == 4, "3 go as 4");
     if (some == 1) {
       attend_spots<T, kLanes, 1>(a, query, spots, ends, first, last, part);
-    } else if (some == 2) {
-      attend_spots<T, kLanes, 2>(a, query, spots, ends, first, last, part);
     } else {
-      attend_spots<T, kLanes, 4>(a, query, spots, ends, first, last, part);
+      attend_spots<T, kLanes, kQueries>(a, query, spots, ends, first, last, part);
     }
   }
 
