@@ -1,7 +1,7 @@
 """Follow: keep a copy of the results (MLflow) up to date without holding up the sweep.
 
 The copy is made in a thread of its own, only after something changed, at most every few seconds and
-for at most a thirtieth of the driver's time. The ledger is the truth; the copy can be made again by
+for at most a fiftieth of the driver's time. The ledger is the truth; the copy can be made again by
 the same command.
 """
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 EVERY = 5.0  # seconds between two copies, at least
-SHARE = 0.03  # of the time may be computing for copies; waiting for a server is not
+SHARE = 0.02  # of the time may be computing for copies; waiting for a server is not
 log = logging.getLogger(__name__)
 
 

@@ -126,13 +126,14 @@ class Store:
         name = (run.kind, run.key)
         seen, tags = self._known.get(name), self._tags(run)
         if seen is None:
-            seen = self._known[name] = Seen(self._create(run, tags))
+            seen = self._known[name] = Seen(self._create(run, tags), status="RUNNING")
             tags = {}
         if seen.digest != run.digest:
             self._write(seen.run_id, run, tags, seen.dots or {})
         elif seen.status == run.status:
             return seen.run_id
-        self._close(seen.run_id, run)
+        if not seen.status == run.status == "RUNNING":
+            self._close(seen.run_id, run)
         tags = self._tags(run)
         parent, curve = tags.get("mlflow.parentRunId", ""), tags.get("quest.curve", "")
         self._known[name] = Seen(seen.run_id, run.digest, run.status, curve, parent)

@@ -303,25 +303,26 @@ def pivot(table: Sequence[Row]) -> list[Panel]:
     grouped: dict[tuple[object, ...], dict[tuple[object, ...], list[Row]]] = {}
     for row in table:
         grouped.setdefault((*row.setting, row.task), {}).setdefault(row.curve, []).append(row)
+    budgeted = [row for row in table if row.budget is not None]
+    sizes = len({row.page_size for row in budgeted}) > 1
+    depths = len({row.dense_layers for row in budgeted}) > 1
     panels = []
     for curves in grouped.values():
         first = next(iter(curves.values()))[0]
-        lines = [_line(members, table) for members in curves.values()]
+        lines = [_line(members, sizes, depths) for members in curves.values()]
         budgets = sorted({budget for line in lines for budget in line.by_budget})
         where = (first.task, first.task_label, first.model, first.model_label, first.data)
         panels.append(Panel(*where, first.metric, tuple(budgets), tuple(lines)))
     return panels
 
 
-def _line(members: Sequence[Row], table: Sequence[Row]) -> Line:
+def _line(members: Sequence[Row], sizes: bool, depths: bool) -> Line:
+    """A curve's line; `sizes` and `depths`: the table has several page sizes, or dense layers."""
     first = members[0]
     label = first.label
-    # Full does not depend on either; budgeted methods do.
-    if first.budget is not None:
-        if len({r.page_size for r in table if r.budget is not None}) > 1:
-            label += f", page {first.page_size}"
-        if len({r.dense_layers for r in table if r.budget is not None}) > 1:
-            label += f", {first.dense_layers} dense"
+    if first.budget is not None:  # full depends on neither
+        label += f", page {first.page_size}" if sizes else ""
+        label += f", {first.dense_layers} dense" if depths else ""
     by_budget = {row.budget: row for row in members if row.budget is not None}
     flat = next((row for row in members if row.budget is None), None)
     return Line(first.method, label, dict(sorted(by_budget.items())), flat)
