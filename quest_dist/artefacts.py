@@ -190,14 +190,15 @@ def make(loaded: LoadedModel, what: Mapping[str, Any], text: str, place: Path) -
     import torch
 
     module = calibrator(what["kind"])
-    wanted = module.SEQUENCES * module.LENGTH
+    own = "sequences" in module.SETTINGS
+    sequences = int(what["settings"]["sequences"]) if own else int(module.SEQUENCES)
     ids = loaded.language.encode(text)
-    if len(ids) < wanted:
+    if len(ids) < sequences * module.LENGTH:
         raise ValueError(
-            f"text of {len(ids)} tokens: {what['kind']} reads {module.SEQUENCES} x {module.LENGTH}"
+            f"text of {len(ids)} tokens: {what['kind']} reads {sequences} x {module.LENGTH}"
         )
-    apart = len(ids) // module.SEQUENCES  # sequences are spread over the text
-    starts = range(0, apart * module.SEQUENCES, apart)
+    apart = len(ids) // sequences  # sequences are spread over the text
+    starts = range(0, apart * sequences, apart)
     # Gradients do not flow through what is made in inference mode, tokens among it.
     with torch.inference_mode(False):
         tokens = torch.tensor([ids[start : start + module.LENGTH] for start in starts])

@@ -68,13 +68,13 @@ def evaluate(loaded: LoadedModel, sample: Sample, points: Sequence[Point]) -> li
             batch.rows.keep(())
             base, *increased = (sum(row.nll) / len(row.nll) for row in decoded)
             dense.append(base)
-            for point, layer, nll, seen in zip(owners, where, increased, counted[1:], strict=True):
-                curves[point][layer] = nll - base
-                measured[point].append(seen)
-            for point, known in enumerate(points):
+            for owner, layer, nll, seen in zip(owners, where, increased, counted[1:], strict=True):
+                curves[owner][layer] = nll - base
+                measured[owner].append(seen)
+            for owner, known in enumerate(points):
                 if known.budget is None:
-                    curves[point] = dict.fromkeys(layers[point], 0.0)
-                    measured[point] = counted[:1]
+                    curves[owner] = dict.fromkeys(layers[owner], 0.0)
+                    measured[owner] = counted[:1]
         finished = now(loaded.device)
     return [
         _evaluated(curve, seen, dense, prefilled - started, (finished - prefilled) / len(points))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from tiny_artefacts import artefact_for
+from tiny_artefacts import artefact_for, is_tiny
 from torch import Tensor
 
 from quest_dist import ops
@@ -162,7 +162,7 @@ def decode(
     """Prefill `prefix` tokens of the stream (in `chunks` if given), fork, and decode the rest one
     by one."""
     method = make()
-    if method.artefact is None:
+    if method.artefact is None or is_tiny(method.artefact):
         method.artefact = artefact_for(method, stream.geometry)
     group = Group(method, list(budgets), dense_layers)
     first = new_batch(stream.geometry, page_size, (), 1, rotate, observers=[group])

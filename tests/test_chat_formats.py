@@ -155,8 +155,8 @@ GOLDEN = {
     ),
 }
 # The same tokenizer and format.
-TEMPLATES["llama32_1b"] = TEMPLATES["llama31_8b"]
-GOLDEN["llama32_1b"] = GOLDEN["llama31_8b"]
+for same in ("llama31_8b_awq", "llama32_1b"):
+    TEMPLATES[same], GOLDEN[same] = TEMPLATES["llama31_8b"], GOLDEN["llama31_8b"]
 
 
 def settings_of(name: str) -> dict[str, Any]:

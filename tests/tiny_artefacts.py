@@ -29,6 +29,11 @@ def artefact_for(method: Method, geometry: Geometry = TINY) -> str | None:
     return str(_made(method.calibration, json.dumps(settings), shape))
 
 
+def is_tiny(artefact: str | None) -> bool:
+    """Whether the file is one that `artefact_for` made."""
+    return artefact is not None and Path(artefact).parent == Path(_FOLDER.name)
+
+
 @functools.cache
 def _made(kind: str, settings: str, shape: tuple[int, int, int, int]) -> Path:
     layers, heads, kv_heads, head_dim = shape

@@ -7,11 +7,12 @@ is held, to each other, and to the state. The loss is the mean square of what th
 dense attention after the layer's output projection. Only queries after a cut count; the model's own
 hidden states, exact ones, are every layer's input.
 
-H2O's scores are sums over every STRIDE-th query. Adam at RATE and DROPOUT are the paper's. Ours are
-the text's SEQUENCES of LENGTH tokens, one a step (paper: 512 of the model's length, two a step),
-the cuts and budgets (paper: one budget, every position), EPOCHS, the rate halved every HALVED of
-them (paper: 40 and 10), hidden units dropped for all tokens of a step at once (paper: token by
-token), and a narrower hidden layer: a model of 135M parameters takes a minute on two cores.
+H2O's scores are sums over every STRIDE-th query. Adam at RATE, halved after every quarter of the
+epochs, and DROPOUT are the paper's. Ours are `sequences` of LENGTH tokens, one a step (paper: 512
+of the model's length, two a step), the cuts and budgets (paper: one budget, every position),
+`epochs` (paper: 40), hidden units dropped for all tokens of a step at once (paper: token by token),
+and a narrower hidden layer. What all layers see of a sequence is kept until they are trained: 70 MB
+a sequence for a model of 135M parameters.
 
 Tensors: `methods.low_rank.Maps` with a leading dimension of layers, fp32.
 """
@@ -31,13 +32,13 @@ from quest_dist.methods.low_rank import Maps, joined
 if TYPE_CHECKING:
     from quest_dist.models import LoadedModel
 
-VERSION = 1
-SETTINGS = ("policy", "sinks", "recent_share", "rank", "hidden")
-SEQUENCES, LENGTH = 6, 1536
+VERSION = 2
+SETTINGS = ("policy", "sinks", "recent_share", "rank", "hidden", "sequences", "epochs")
+LENGTH = 1536
 CUTS = 4
 DIVISORS = (4, 8, 16, 32)
 STRIDE = 4
-EPOCHS, HALVED, BATCH, RATE, DROPOUT = 24, 8, 1, 1e-3, 0.3
+BATCH, RATE, DROPOUT = 1, 1e-3, 0.3
 #: What both scales begin at.
 SCALE = 1e-4
 
@@ -89,11 +90,12 @@ def make(loaded: LoadedModel, tokens: Tensor, settings: Mapping[str, Any]) -> di
     with torch.no_grad(), seen(loaded.model, see):
         for sequence in tokens:
             model.base_model(input_ids=sequence[None], use_cache=False)
-    rank, hidden = int(settings["rank"]), int(settings["hidden"])
+    shape = int(settings["rank"]), int(settings["hidden"])
     made = []
     for layer in sorted(examples):
         projection = modules[layer].get_submodule("o_proj").get_parameter("weight")
-        made.append(trained(examples.pop(layer), projection.detach().float(), rank, hidden, layer))
+        outward = projection.detach().float()
+        made.append(trained(examples.pop(layer), outward, *shape, int(settings["epochs"]), layer))
     return {name: torch.stack([getattr(maps, name) for maps in made]) for name in Maps._fields}
 
 
@@ -171,7 +173,12 @@ def _after(
 
 
 def trained(
-    examples: Sequence[Example], projection: Tensor, rank: int, hidden: int, layer: int
+    examples: Sequence[Example],
+    projection: Tensor,
+    rank: int,
+    hidden: int,
+    epochs: int,
+    layer: int,
 ) -> Maps:
     """The feature maps of one layer; `projection` [E, H D] turns heads into what the loss sees."""
     first = examples[0]
@@ -180,9 +187,9 @@ def trained(
         torch.manual_seed(layer)
         maps = beginning(heads, first.k.shape[0], dim, rank, hidden, first.q.device)
         optimiser = torch.optim.Adam(maps, lr=RATE)
-        halving = torch.optim.lr_scheduler.StepLR(optimiser, HALVED, 0.5)
+        halving = torch.optim.lr_scheduler.StepLR(optimiser, max(1, epochs // 4), 0.5)
         with torch.enable_grad():
-            for _ in range(EPOCHS):
+            for _ in range(epochs):
                 order = torch.randperm(len(examples)).tolist()
                 for start in range(0, len(order), BATCH):
                     batch = [examples[place] for place in order[start : start + BATCH]]

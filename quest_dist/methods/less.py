@@ -34,7 +34,8 @@ STATE_BYTES = 4  # a state is fp32
 @dataclass
 class Less(H2O):
     """Settings: `policy` h2o | window, `sinks` of the window, `rank` of the state, `hidden` width
-    of the feature maps, and those of H2O; its scores start with the prompt, as LESS's own do.
+    of the feature maps, `sequences` and `epochs` of their training, and those of H2O; its scores
+    start with the prompt, as LESS's own do.
     """
 
     attends: ClassVar[bool] = True
@@ -45,6 +46,8 @@ class Less(H2O):
     sinks: int = 4
     rank: int = 8
     hidden: int = 64
+    sequences: int = 12
+    epochs: int = 24
     _maps: dict[int, Maps] = field(default_factory=dict, init=False, repr=False)
     _states: dict[int, list[State | None]] = field(default_factory=dict, init=False, repr=False)
     _view: View | None = field(default=None, init=False, repr=False)
@@ -53,7 +56,8 @@ class Less(H2O):
         """Validate the settings."""
         super().__post_init__()
         check_choice("policy", self.policy, POLICIES)
-        for key, least in (("sinks", 0), ("rank", 1), ("hidden", 1)):
+        for key in ("sinks", "rank", "hidden", "sequences", "epochs"):
+            least = 0 if key == "sinks" else 1
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{key}={value!r}: choose a whole number of at least {least}")
