@@ -24,6 +24,8 @@ from quest_dist.table import Line, Panel, Row, pivot
 
 TALL, LEGEND, NEXT = 3.1, 0.34, 0.19  # inches of a panel, of the legend's first and further lines
 MIB = 2.0**20
+WORST = 4.0
+TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 
 
 def page(
@@ -38,6 +40,7 @@ def page(
         "Bars: 95 % intervals over samples (perplexity: of the difference from full)",
         "Grey steps: the points that no other beats in score and bytes; two points whose intervals"
         " overlap are not told apart.",
+        f"Perplexities above {WORST:g} times the best stand at the axis's end, hollow.",
     ]
     lines = len(captions.small_print(rows, caption, [*notes, captions.lacking(rows)]))
     widest = max(0.62 + 0.073 * len(str(handle.get_label())) for handle in handles)
@@ -78,12 +81,12 @@ def _panel(axes: Axes, panel: Panel, figure: str, fact: str) -> panels.Plotted:
     axes.set_xscale("log", base=2)
     lower = panel.metric in stats.LOWER_IS_BETTER
     plotted: panels.Plotted = []
-    dots: list[tuple[float, float]] = []
-    for line in sorted(panel.lines, key=lambda line: style.look(line.method).strong):
-        rows = [row for row in _rows(line) if row.n and not math.isnan(row.fact(fact))]
-        dots += [(row.fact(fact) / MIB, row.score) for row in rows]
+    drawn = [(line, [row for row in _rows(line) if _known(row, fact)]) for line in panel.lines]
+    dots = [(row.fact(fact) / MIB, row.score) for _, rows in drawn for row in rows]
+    end = _logarithmic(axes, [score for _, score in dots]) if lower and dots else math.inf
+    for line, rows in sorted(drawn, key=lambda one: style.look(one[0].method).strong):
         if rows:
-            plotted += _line(axes, line, rows, figure, fact)
+            plotted += _line(axes, line, rows, figure, fact, end)
     if not dots:
         where: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "center"}
         axes.text(0.5, 0.5, "no results yet", color=style.FAINT, **where)
@@ -101,20 +104,46 @@ def _panel(axes: Axes, panel: Panel, figure: str, fact: str) -> panels.Plotted:
     return plotted
 
 
-def _line(axes: Axes, line: Line, rows: Sequence[Row], figure: str, fact: str) -> panels.Plotted:
+def _logarithmic(axes: Axes, scores: Sequence[float]) -> float:
+    """Make the scores' axis logarithmic; where it ends."""
+    end = min(max(scores), WORST * min(scores))
+    axes.set_yscale("log")
+    axes.set_ylim(0.93 * min(scores), 1.06 * end)
+    axes.yaxis.set_major_locator(LogLocator(subs=TICKS))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda score, _: f"{score:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    return end
+
+
+def _line(
+    axes: Axes, line: Line, rows: Sequence[Row], figure: str, fact: str, end: float
+) -> panels.Plotted:
     seen = style.look(line.method)
     x = [row.fact(fact) / MIB for row in rows]
     marker = seen.marker or "s"
     size = 6.0 if seen.strong else 4.8
     over = 5 if seen.strong else 3
     look: dict[str, Any] = {"color": seen.color, "lw": 2.0 if seen.strong else 1.1, "mew": 0}
-    axes.plot(x, [row.score for row in rows], marker=marker, ms=size, zorder=over, **look)
+    shown = [min(row.score, end) for row in rows]
+    axes.plot(x, shown, marker=marker, ms=size, zorder=over, **look)
+    beyond = {row.score: at for at, row in zip(x, rows, strict=True) if row.score > end}
+    if beyond:
+        ring: dict[str, Any] = {"marker": marker, "ms": size, "mfc": "white", "mec": seen.color}
+        axes.plot(list(beyond.values()), [end] * len(beyond), ls="", zorder=over + 1, **ring)
+        told = " to ".join(f"{score:,.0f}" for score in sorted({min(beyond), max(beyond)}))
+        place: dict[str, Any] = {"xytext": (0, -6), "textcoords": "offset points"}
+        look = {"ha": "center", "va": "top", "fontsize": 6.5, "color": seen.color}
+        axes.annotate(told, (max(beyond.values()), end), **place, **look)
     ends = [panels.interval(row) for row in rows]
     low, high = zip(*ends, strict=True)
     axes.vlines(x, low, high, color=seen.color, lw=1.0, alpha=0.35, zorder=over - 2)
     return [
         panels.entry(figure, row, line.label, mib=row.fact(fact) / MIB, front=False) for row in rows
     ]
+
+
+def _known(row: Row, fact: str) -> bool:
+    return bool(row.n) and not math.isnan(row.fact(fact))
 
 
 def _rows(line: Line) -> list[Row]:
