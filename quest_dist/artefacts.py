@@ -16,12 +16,14 @@ from __future__ import annotations
 import ast
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib
 import json
 import os
 import sysconfig
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -240,9 +242,36 @@ def bundled_text() -> str:
     """The docstrings of the standard library, a MiB of English that every CPython carries; not the
     language reference, which is what perplexity is measured on."""
     found: list[str] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                found.append(ast.get_docstring(node) or "")
+    with _uncollected():
+        for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+            for node in _statements(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    found.append(ast.get_docstring(node) or "")
     text = "\n\n".join(part for part in found if len(part) > 200)
     return text[:TEXT_CHARACTERS]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector, which takes as long as parsing and finds nothing: trees are no
+    cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """A module and what holds statements in it, in the order of `ast.walk`, whose other nodes
+    are the most and have no docstring."""
+    todo = deque([tree])
+    while todo:
+        node = todo.popleft()
+        yield node
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            inner = getattr(node, name, None)
+            if isinstance(inner, list):
+                todo.extend(inner)

@@ -17,9 +17,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """An inline worker sets variables, among them which GPUs are seen: for its test only."""
-    before = dict(os.environ)
+    """An inline worker sets variables, among them which GPUs are seen, and torch's threads: for
+    its test only."""
+    before, threads = dict(os.environ), torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     if os.environ != before:
         os.environ.clear()
         os.environ.update(before)

@@ -3,16 +3,16 @@ once; and the command that makes them."""
 
 from __future__ import annotations
 
+import ast
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from artefact_maker import Maker
 from cache_harness import settings_of
 from safetensors.torch import load_file, save_file
 from tiny_models import save_byte_model
@@ -24,7 +24,6 @@ from quest_dist.models import LoadedModel
 from quest_dist.prepare import prepare
 from quest_dist.spec import Spec
 
-TESTS = Path(__file__).resolve().parent
 GRID = (
     "name=tiny",
     "grid.model=[tiny]",
@@ -208,55 +207,32 @@ def test_a_worker_looks_again(made: Path, loaded: LoadedModel, tmp_path: Path) -
 # ---- made at first need
 
 
-#: Runs `ready` for the model in a folder; the calibrator notes each start, and is slow.
-SCRIPT = """
-import sys, time, torch
-from pathlib import Path
-from safetensors import torch as files
-import test_artefacts
-from quest_dist import artefacts, models
-from quest_dist.calibrators import kvquant
-
-log, folder, dies = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "dies"
-make, save = kvquant.make, files.save_file
-
-def noted(*arguments):
-    with log.open("a") as file:
-        file.write("made\\n")
-    time.sleep(0.5)
-    return make(*arguments)
-
-def killed(tensors, name, metadata):
-    save(tensors, name, metadata=metadata)
-    Path(name).write_bytes(Path(name).read_bytes()[:-200])
-    import os
-    os.kill(os.getpid(), 9)
-
-kvquant.make = noted
-files.save_file = killed if dies else save
-loaded = models.load({"source": "local", "path": folder, "dtype": "float32"})
-with torch.inference_mode():  # as the engine asks for it
-    print(artefacts.ready(loaded, test_artefacts.kv()))
-"""
+@pytest.fixture(scope="module", autouse=True)
+def maker(folder: Path) -> Iterator[Maker]:
+    """Started before the first test, as it takes seconds to import what it needs."""
+    started = Maker(folder)
+    yield started
+    started.close()
 
 
-def started(log: Path, folder: Path, what: str = "lives") -> subprocess.Popen[str]:
-    paths = f"{TESTS.parent}{os.pathsep}{TESTS}"
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(log), str(folder), what],
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def job(tmp_path: Path, folder: Path, dies: bool = False) -> dict[str, object]:
+    """The arguments of a process that needs the artefact."""
+    return {
+        "cache": str(tmp_path / "cache"),
+        "folder": str(folder),
+        "method": "kvquant3",
+        "settings": settings_of("kvquant3"),
+        "log": str(tmp_path / "log"),
+        "dies": dies,
+    }
 
 
 def test_processes_that_need_it_at_once_make_it_once(
-    cache: Path, folder: Path, tmp_path: Path, loaded: LoadedModel
+    maker: Maker, cache: Path, folder: Path, tmp_path: Path, loaded: LoadedModel
 ) -> None:
-    both = [started(tmp_path / "log", folder) for _ in range(2)]
-    said = {process.communicate(timeout=120)[0].strip() for process in both}
-    assert [process.returncode for process in both] == [0, 0]
-    [place] = map(Path, said)
+    both = maker.together(*2 * [job(tmp_path, folder)])
+    assert [process.code for process in both] == [0, 0]
+    [place] = {Path(process.said) for process in both}
     assert (tmp_path / "log").read_text() == "made\n"
     assert [file for file in cache.iterdir() if not file.name.endswith(".lock")] == [place]
     before = place.stat()
@@ -266,16 +242,15 @@ def test_processes_that_need_it_at_once_make_it_once(
 
 
 def test_a_process_that_is_killed_while_writing_leaves_nothing_that_counts(
-    cache: Path, folder: Path, tmp_path: Path
+    maker: Maker, cache: Path, folder: Path, tmp_path: Path
 ) -> None:
-    dying = started(tmp_path / "log", folder, "dies")
-    assert dying.communicate(timeout=120)[0] == ""
-    assert dying.returncode == -signal.SIGKILL
+    [dying] = maker.together(job(tmp_path, folder, dies=True))
+    assert dying == (-signal.SIGKILL, "")
     torn = [file for file in cache.iterdir() if not file.name.endswith(".lock")]
     assert all(file.name.startswith(".") for file in torn)
-    again = started(tmp_path / "log", folder)
-    place = Path(again.communicate(timeout=120)[0].strip())
-    assert again.returncode == 0
+    [again] = maker.together(job(tmp_path, folder))
+    assert again.code == 0
+    place = Path(again.said)
     artefacts.header_of(place)
     assert [file for file in cache.iterdir() if not file.name.endswith(".lock")] == [place]
 
@@ -288,6 +263,36 @@ def test_the_bundled_text_is_prose_and_no_part_of_what_is_measured() -> None:
 
     longest = max(topics.values(), key=len)
     assert not any(longest[at : at + 200] in text for at in range(0, len(longest), 1000))
+
+
+def test_documented_statements_are_found_in_the_order_of_a_walk() -> None:
+    tree = ast.parse(Path(artefacts.__file__).read_text() + NESTED)
+    found, walked = (
+        [node for node in nodes if isinstance(node, ast.stmt)]
+        for nodes in (artefacts._statements(tree), ast.walk(tree))
+    )
+    assert found == walked
+
+
+NESTED = """
+try:
+    def a(): pass
+except Exception:
+    def b(): pass
+else:
+    match a:
+        case 1:
+            def c(): pass
+        case _:
+            class D:
+                async def e():
+                    async for _ in a: pass
+                    else:
+                        def f(): pass
+finally:
+    with a:
+        def g(): pass
+"""
 
 
 # ---- the command

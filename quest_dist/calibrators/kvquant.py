@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -81,7 +82,10 @@ def centroids(x: Tensor, weights: Tensor, bits: int) -> Tensor:
         last = distinct[-1:] if len(distinct) else x.new_zeros(1)
         return torch.cat([distinct, last.expand(count - len(distinct))])
     means = KMeans(n_clusters=count, n_init=STARTS, random_state=0)
-    means.fit(x[:, None].double().cpu().numpy(), sample_weight=weights.double().cpu().numpy())
+    numbers, mass = x[:, None].double().cpu().numpy(), weights.double().cpu().numpy()
+    # Its threads are OpenMP's own, as many as there are cores, and spin while other work runs.
+    with threadpool_limits(limits=1):
+        means.fit(numbers, sample_weight=mass)
     found = torch.from_numpy(means.cluster_centers_).flatten().sort().values
     return found.to(x)
 
