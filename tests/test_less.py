@@ -188,7 +188,7 @@ def _with_artefact(name: str, place: Path) -> Callable[[], Less]:
     return build
 
 
-SETTINGS = {"policy": "h2o", "sinks": 4, "recent_share": 0.5, "rank": 4, "hidden": 8}
+SETTINGS = {"policy": "h2o", "sinks": 4, "recent_share": 0.5, "rank": 4, "hidden": 8, "epochs": 24}
 
 
 @pytest.mark.parametrize("policy", ["h2o", "window"])
