@@ -52,3 +52,21 @@ def test_a_time_and_what_was_not_weighed_do_not_belong(tmp_path: Path) -> None:
     assert figures.belonging("pareto_moved", rows) == []
     timed = replace(weighed(rows[0], 1.0, 1.0), metric="step_ms")
     assert figures.belonging("pareto_moved", [timed]) == []
+
+
+@pytest.mark.parametrize(("metric", "scale"), [("perplexity", "log"), ("nll_increase", "linear")])
+def test_only_perplexity_is_logarithmic_and_cut(metric: str, scale: str, tmp_path: Path) -> None:
+    points = synthetic.points(["pg19"], methods=("full", "quest"), budgets=(256, 512))
+    scores = [10.0, 12.0, 5000.0] if metric == "perplexity" else [0.0, 0.2, 5000.0]
+    rows = [
+        replace(weighed(row, 2.0**20, 2.0**20), metric=metric, score=score, low=score, high=score)
+        for row, score in zip(synthetic.sweep(tmp_path, points, 3), scores, strict=True)
+    ]
+    figure, plotted = by_bytes.page("pareto_moved", "", "", "bytes_moved", rows, Caption())
+    [axes] = figure.axes
+    assert axes.get_yscale() == scale
+    assert sorted(float(entry["score"]) for entry in plotted) == scores
+    said = [text.get_text() for text in (*figure.texts, *axes.texts)]
+    cut = any("hollow" in text for text in said)
+    assert cut == ("5,000" in said) == (metric == "perplexity")
+    assert (axes.get_ylim()[1] < 50) == cut

@@ -24,7 +24,7 @@ from quest_dist.table import Line, Panel, Row, pivot
 
 TALL, LEGEND, NEXT = 3.1, 0.34, 0.19  # inches of a panel, of the legend's first and further lines
 MIB = 2.0**20
-WORST = 4.0
+LOGARITHMIC, WORST = "perplexity", 4.0
 TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 
 
@@ -40,8 +40,11 @@ def page(
         "Bars: 95 % intervals over samples (perplexity: of the difference from full)",
         "Grey steps: the points that no other beats in score and bytes; two points whose intervals"
         " overlap are not told apart.",
-        f"Perplexities above {WORST:g} times the best stand at the axis's end, hollow.",
     ]
+    if any(_overflows(panel, fact) for panel in found):
+        notes.append(
+            f"Perplexities above {WORST:g} times the best stand at the axis's end, hollow."
+        )
     lines = len(captions.small_print(rows, caption, [*notes, captions.lacking(rows)]))
     widest = max(0.62 + 0.073 * len(str(handle.get_label())) for handle in handles)
     columns = max(1, min(len(handles), int(style.WIDTH / widest)))
@@ -81,9 +84,11 @@ def _panel(axes: Axes, panel: Panel, figure: str, fact: str) -> panels.Plotted:
     axes.set_xscale("log", base=2)
     lower = panel.metric in stats.LOWER_IS_BETTER
     plotted: panels.Plotted = []
-    drawn = [(line, [row for row in _rows(line) if _known(row, fact)]) for line in panel.lines]
+    drawn = _drawn(panel, fact)
     dots = [(row.fact(fact) / MIB, row.score) for _, rows in drawn for row in rows]
-    end = _logarithmic(axes, [score for _, score in dots]) if lower and dots else math.inf
+    end = math.inf
+    if panel.metric == LOGARITHMIC and dots:
+        end = _logarithmic(axes, [score for _, score in dots])
     for line, rows in sorted(drawn, key=lambda one: style.look(one[0].method).strong):
         if rows:
             plotted += _line(axes, line, rows, figure, fact, end)
@@ -132,8 +137,8 @@ def _line(
         axes.plot(list(beyond.values()), [end] * len(beyond), ls="", zorder=over + 1, **ring)
         told = " to ".join(f"{score:,.0f}" for score in sorted({min(beyond), max(beyond)}))
         place: dict[str, Any] = {"xytext": (0, -6), "textcoords": "offset points"}
-        look = {"ha": "center", "va": "top", "fontsize": 6.5, "color": seen.color}
-        axes.annotate(told, (max(beyond.values()), end), **place, **look)
+        small: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 6.5, "color": seen.color}
+        axes.annotate(told, (max(beyond.values()), end), **place, **small)
     ends = [panels.interval(row) for row in rows]
     low, high = zip(*ends, strict=True)
     axes.vlines(x, low, high, color=seen.color, lw=1.0, alpha=0.35, zorder=over - 2)
@@ -142,8 +147,17 @@ def _line(
     ]
 
 
-def _known(row: Row, fact: str) -> bool:
-    return bool(row.n) and not math.isnan(row.fact(fact))
+def _drawn(panel: Panel, fact: str) -> list[tuple[Line, list[Row]]]:
+    """Lines with their rows that have a score and bytes."""
+    return [
+        (line, [row for row in _rows(line) if row.n and not math.isnan(row.fact(fact))])
+        for line in panel.lines
+    ]
+
+
+def _overflows(panel: Panel, fact: str) -> bool:
+    scores = [row.score for _, rows in _drawn(panel, fact) for row in rows]
+    return panel.metric == LOGARITHMIC and bool(scores) and max(scores) > WORST * min(scores)
 
 
 def _rows(line: Line) -> list[Row]:
