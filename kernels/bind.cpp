@@ -102,8 +102,22 @@ void decode(const quest::Pages& pages, const quest::Strided& q, const quest::Str
   quest::cpu::decode(pages, token, heads, result, threads);
 }
 
+quest::Nuq make_nuq(Address keys, Address values, Address starts, Address outliers, Address cos,
+                    Address sin, int64_t outlier_count, int64_t positions, int64_t sinks) {
+  return {at<const float>(keys),
+          at<const uint16_t>(values),
+          at<const int32_t>(starts),
+          at<const uint16_t>(outliers),
+          at<const float>(cos),
+          at<const float>(sin),
+          outlier_count,
+          positions,
+          sinks};
+}
+
 quest::Packed make_packed(Address data, Address table, Address keys, Address values, Address levels,
-                          int64_t blocks, int64_t row_blocks, int64_t bits, int64_t group) {
+                          int64_t blocks, int64_t row_blocks, int64_t bits, int64_t group,
+                          const quest::Nuq& nuq) {
   return {at<uint8_t>(data),
           at<const int32_t>(table),
           at<const int32_t>(keys),
@@ -112,7 +126,8 @@ quest::Packed make_packed(Address data, Address table, Address keys, Address val
           blocks,
           row_blocks,
           bits,
-          group};
+          group,
+          nuq};
 }
 
 void pack(const quest::Pages& pages, const quest::Packed& packed, Address keys, Address values,
@@ -172,6 +187,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<quest::Selection>(m, "Selection").def(py::init(&make_selection));
   py::class_<quest::Angles>(m, "Angles").def(py::init(&make_angles));
   py::class_<quest::Int4>(m, "Int4").def(py::init(&make_int4));
+  py::class_<quest::Nuq>(m, "Nuq").def(py::init(&make_nuq));
   py::class_<quest::Packed>(m, "Packed").def(py::init(&make_packed));
   m.def("append", &append, no_gil);
   m.def("pack", &pack, no_gil);

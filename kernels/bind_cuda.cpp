@@ -110,8 +110,22 @@ void decode(const Launch& launch, const Pages& pages, const Strided& q, const St
                       at<void>(workspace));
 }
 
+quest::Nuq make_nuq(Address keys, Address values, Address starts, Address outliers, Address cos,
+                    Address sin, int64_t outlier_count, int64_t positions, int64_t sinks) {
+  return {at<const float>(keys),
+          at<const uint16_t>(values),
+          at<const int32_t>(starts),
+          at<const uint16_t>(outliers),
+          at<const float>(cos),
+          at<const float>(sin),
+          outlier_count,
+          positions,
+          sinks};
+}
+
 quest::Packed make_packed(Address data, Address table, Address keys, Address values, Address levels,
-                          int64_t blocks, int64_t row_blocks, int64_t bits, int64_t group) {
+                          int64_t blocks, int64_t row_blocks, int64_t bits, int64_t group,
+                          const quest::Nuq& nuq) {
   return {at<uint8_t>(data),
           at<const int32_t>(table),
           at<const int32_t>(keys),
@@ -120,7 +134,8 @@ quest::Packed make_packed(Address data, Address table, Address keys, Address val
           blocks,
           row_blocks,
           bits,
-          group};
+          group,
+          nuq};
 }
 
 void pack(const Launch& launch, const Pages& pages, const quest::Packed& packed, Address keys,
@@ -175,6 +190,7 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<Selection>(m, "Selection", py::module_local()).def(py::init(&make_selection));
   py::class_<Angles>(m, "Angles", py::module_local()).def(py::init(&make_angles));
   py::class_<quest::Int4>(m, "Int4", py::module_local()).def(py::init(&make_int4));
+  py::class_<quest::Nuq>(m, "Nuq", py::module_local()).def(py::init(&make_nuq));
   py::class_<quest::Packed>(m, "Packed", py::module_local()).def(py::init(&make_packed));
   m.def("append", &append);
   m.def("pack", &pack);

@@ -28,14 +28,26 @@ struct ByteMeta {
   const float *scale, *offset;  // [R, G, 2, D]
 };
 
+// Keys packed before their rotation, and numbers that codes are far from: see
+// quest_dist/nuq_packing.py. keys == nullptr: none of this, but scales and minima in the blocks.
+struct Nuq {
+  const float* keys;         // [G, 2, D]: what levels are multiplied by, and what is added
+  const uint16_t* values;    // fp16 [blocks, 2, tile]: the same for each token of a block
+  const int32_t* starts;     // [blocks, 2 G + 1]: a block's outliers of keys, then of values
+  const uint16_t* outliers;  // [outliers, 2]: token * D + channel, and the fp16 that is added
+  const float *cos, *sin;    // [positions, D / 2]: the rotation to each position
+  int64_t outlier_count, positions, sinks;  // sinks: first tokens that are not packed
+};
+
 // Keys and values in codes of few bits: leading tokens of each row, in blocks of `group` tokens.
 // What a block holds stands in quest_dist/packing.py.
 struct Packed {
   uint8_t* data;                 // [blocks, G, bytes of a block]
   const int32_t* table;          // [R, row_blocks]
-  const int32_t *keys, *values;  // [R]: tokens whose keys (a multiple of group), values are packed
+  const int32_t *keys, *values;  // [R]: tokens whose keys, values are packed
   const float* levels;           // [2, 2^bits]: what codes of keys, of values, stand for
   int64_t blocks, row_blocks, bits, group;
+  Nuq nuq;
 };
 
 // Offsets in a block, in bytes; see packed_layout.h.

@@ -16,9 +16,11 @@ inline PackedLayout layout_of(const Packed& packed, int64_t dim) {
   const auto strips = [&](int64_t plane) { return (l.vectors * plane + 15) / 16 * 64; };
   l.high_plane = strips(2);
   l.tile_bytes = l.bits == 3 ? strips(2) + strips(1) : strips(l.bits);
-  l.value_scales = 4 * dim;
-  l.value_minima = l.value_scales + 2 * l.group * (dim / l.width);
-  l.key_codes = (2 * l.value_minima - l.value_scales + 63) / 64 * 64;
+  if (packed.nuq.keys == nullptr) {
+    l.value_scales = 4 * dim;
+    l.value_minima = l.value_scales + 2 * l.group * (dim / l.width);
+    l.key_codes = (2 * l.value_minima - l.value_scales + 63) / 64 * 64;
+  }
   l.value_codes = l.key_codes + l.group / kTile * l.tile_bytes;
   l.bytes = 2 * l.value_codes - l.key_codes;
   return l;

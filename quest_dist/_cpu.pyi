@@ -27,6 +27,20 @@ class Selection:
 class Int4:
     def __init__(self, data: int, outputs: int, inputs: int, group: int) -> None: ...
 
+class Nuq:
+    def __init__(
+        self,
+        keys: int,
+        values: int,
+        starts: int,
+        outliers: int,
+        cos: int,
+        sin: int,
+        outlier_count: int,
+        positions: int,
+        sinks: int,
+    ) -> None: ...
+
 class Packed:
     def __init__(
         self,
@@ -39,6 +53,7 @@ class Packed:
         row_blocks: int,
         bits: int,
         group: int,
+        nuq: Nuq,
     ) -> None: ...
 
 def pack(pages: Pages, packed: Packed, keys: int, values: int, threads: int) -> None: ...

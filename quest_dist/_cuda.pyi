@@ -27,6 +27,20 @@ class Strided:
 class Angles:
     def __init__(self, cos: int, sin: int, cos_row: int, sin_row: int, wide: bool) -> None: ...
 
+class Nuq:
+    def __init__(
+        self,
+        keys: int,
+        values: int,
+        starts: int,
+        outliers: int,
+        cos: int,
+        sin: int,
+        outlier_count: int,
+        positions: int,
+        sinks: int,
+    ) -> None: ...
+
 class Packed:
     def __init__(
         self,
@@ -39,6 +53,7 @@ class Packed:
         row_blocks: int,
         bits: int,
         group: int,
+        nuq: Nuq,
     ) -> None: ...
 
 class Selection:

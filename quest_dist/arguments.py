@@ -186,7 +186,12 @@ class Arguments:
         """Packed blocks that were checked, for the compiled ops of a device."""
         tensors = (packed.blocks, packed.table, packed.keys, packed.values, packed.levels)
         sizes = (packed.blocks.shape[0], packed.table.shape[1], packed.bits, packed.group)
-        return native.Packed(*(one.data_ptr() for one in tensors), *sizes)
+        nuq = native.Nuq(*[0] * 9)
+        if packed.nuq is not None:
+            *parts, sinks = packed.nuq
+            counts = (packed.nuq.outliers.shape[0], packed.nuq.cos.shape[0], sinks)
+            nuq = native.Nuq(*(one.data_ptr() for one in parts), *counts)
+        return native.Packed(*(one.data_ptr() for one in tensors), *sizes, nuq)
 
     def choice(self, name: str, value: Any, choices: Sequence[str]) -> int:
         """The position of a word among those allowed."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from quest_dist import on_cpu, on_cuda, reference_packed
 from quest_dist.arguments import Arguments
 from quest_dist.backend import by_reference
-from quest_dist.packing import Layout, Packed
+from quest_dist.packing import TILE, Layout, Nuq, Packed
 from quest_dist.reference import Attended
 
 
@@ -37,9 +37,12 @@ def pack(packed: Packed, kv: Tensor, page_table: Tensor, keys: Tensor, values: T
     """Pack the keys of tokens keys[r] to packed.keys[r], and alike values, of each row of a layer.
 
     keys, values int32 [R]: what is packed already, or another row packs: rows may share blocks, but
-    only one may write into a block in a call. Levels must be 0, 1, ... (`packing.uniform`).
+    only one may write into a block in a call. Levels must be 0, 1, ... (`packing.uniform`), and no
+    `nuq` said.
     """
     a = Arguments("pack")
+    if packed.nuq is not None:
+        raise a.refuse("packed.nuq", "given", "None: KVQuant's blocks are written by its method")
     a.take_pool(kv, page_table, None)
     _check(a, packed)
     a.of_dtype("keys", keys, "R")
@@ -84,7 +87,7 @@ def _check(a: Arguments, packed: Packed) -> None:
             "packed.levels", f"of {packed.levels.shape[1]} levels", "2 to the bits of a code"
         )
     try:
-        layout = Layout(packed.bits, packed.group, a["D"])
+        layout = packed.layout(a["D"])
     except ValueError as error:
         raise a.refuse("packed", str(error), "a layout that exists") from None
     a.of_dtype("packed.blocks", packed.blocks, "B G bytes", torch.uint8)
@@ -93,3 +96,20 @@ def _check(a: Arguments, packed: Packed) -> None:
     a.of_dtype("packed.table", packed.table, "R W")
     a.of_dtype("packed.keys", packed.keys, "R")
     a.of_dtype("packed.values", packed.values, "R")
+    if packed.nuq is not None:
+        _check_nuq(a, packed.nuq)
+
+
+def _check_nuq(a: Arguments, nuq: Nuq) -> None:
+    if nuq.sinks < 0:
+        raise a.refuse("packed.nuq.sinks", nuq.sinks, "0 or more tokens")
+    a.of_dtype("packed.nuq.keys", nuq.keys, "G 2 D", torch.float32)
+    a.of_dtype("packed.nuq.values", nuq.values, f"B 2 {TILE}", torch.float16)
+    a.of_dtype("packed.nuq.starts", nuq.starts, "B N_starts")
+    if a["N_starts"] != 2 * a["G"] + 1:
+        raise a.refuse("packed.nuq.starts", f"of {a['N_starts']} a block", f"{2 * a['G'] + 1}")
+    a.of_dtype("packed.nuq.outliers", nuq.outliers, "E 2", torch.int16)
+    for name in ("cos", "sin"):
+        a.of_dtype(f"packed.nuq.{name}", getattr(nuq, name), "N_positions D_half", torch.float32)
+    if 2 * a["D_half"] != a["D"]:
+        raise a.refuse("packed.nuq.cos", f"of {a['D_half']} channels", f"{a['D'] // 2}")

@@ -17,6 +17,10 @@ vector v, code i is of keys token i // 2, channel 2 v + i % 2, and of values tok
 2 (v % 8) + i % 2, channel 16 (v // 8) + i // 2: pairs, as processors multiply bf16. A word of 16
 bits holds code i of 16 / bits vectors, the first in its lowest bits; 32 words follow one another,
 then those of the next vectors. Codes of 3 bits are 2 low ones, for all vectors, then the high one.
+
+KVQuant (arXiv 2401.18079) packs keys before their rotation, and outliers apart: see `Nuq`. Its
+blocks are one tile and hold codes alone; code i of its keys' vector v is of channel
+v + i % 2 * D / 2, so that a pair is what a rotation turns.
 """
 
 from __future__ import annotations
@@ -35,11 +39,31 @@ BITS = tuple(PLANES)
 _HALF = torch.finfo(torch.float16).max
 
 
+class Nuq(NamedTuple):
+    """What KVQuant's codes need beside them; B blocks of TILE tokens, D channels.
+
+    A code of a key stands for levels[n] * keys[g, 0] + keys[g, 1], turned to the token's position,
+    one of a value for levels[n] * values[b, 1, t] + values[b, 0, t]. To what codes stand for, and
+    before the rotation, a block's outliers are added: entries starts[b, g] to starts[b, g + 1] to
+    the keys of kv head g, from starts[b, G + g] on to its values. The first `sinks` tokens of a row
+    are read from the pool.
+    """
+
+    keys: Tensor  # fp32 [G, 2, D]
+    values: Tensor  # fp16 [B, 2, TILE]
+    starts: Tensor  # int32 [B, 2 G + 1]
+    outliers: Tensor  # int16 [E, 2]: token of the block * D + channel, and the bits of an fp16
+    cos: Tensor  # fp32 [positions, D / 2]
+    sin: Tensor
+    sinks: int
+
+
 class Packed(NamedTuple):
     """A layer's packed blocks, and the rows that look into them; letters as in `ops`.
 
     Row r's token t lies in block table[r, t // group]; its first keys[r] keys and values[r] values
-    are packed, the rest is in the pool alone. keys[r] is a multiple of the group.
+    are packed, the rest is in the pool alone. keys[r] is a multiple of the group, unless `nuq` says
+    how to read the blocks.
     """
 
     blocks: Tensor  # uint8 [B blocks, G, bytes of a block]
@@ -48,21 +72,27 @@ class Packed(NamedTuple):
     values: Tensor  # int32 [R]
     levels: Tensor  # fp32 [2, 2^bits]: what codes of keys, and of values, stand for
     group: int
+    nuq: Nuq | None = None
 
     @property
     def bits(self) -> int:
         """Of a code."""
         return self.levels.shape[1].bit_length() - 1
 
+    def layout(self, dim: int) -> Layout:
+        """Of its blocks, for heads of `dim` channels; ValueError for what cannot be packed."""
+        return Layout(self.bits, self.group, dim, self.nuq is not None)
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Offsets in a block of `group` tokens of `dim` channels in `bits`; ValueError for what cannot
-    be packed."""
+    """Offsets in a block of `group` tokens of `dim` channels in `bits`, of codes alone where it is
+    `nuq`; ValueError for what cannot be packed."""
 
     bits: int
     group: int
     dim: int
+    nuq: bool = False
 
     def __post_init__(self) -> None:
         """Validate the sizes."""
@@ -70,7 +100,12 @@ class Layout:
             raise ValueError(f"bits={self.bits}: choose one of {', '.join(map(str, BITS))}")
         if self.group < TILE or self.group % TILE:
             raise ValueError(f"group={self.group}: choose a multiple of {TILE} tokens")
-        if self.dim % self.width:
+        if self.nuq:
+            if self.group != TILE:
+                raise ValueError(f"group={self.group}: a block of nuq codes holds {TILE} tokens")
+            if self.dim % 2:
+                raise ValueError(f"a head of {self.dim} channels has no halves to turn")
+        elif self.dim % self.width:
             raise ValueError(
                 f"group={self.group}: a head of {self.dim} channels is not made of whole groups"
             )
@@ -103,7 +138,7 @@ class Layout:
     @property
     def key_codes(self) -> int:
         """Where the keys' tiles begin."""
-        return -(-(2 * self.value_minima - self.value_scales) // 64) * 64
+        return 0 if self.nuq else -(-(2 * self.value_minima - self.value_scales) // 64) * 64
 
     @property
     def value_codes(self) -> int:
@@ -146,6 +181,21 @@ def _addresses(bits: int, dim: int, values: bool) -> tuple[tuple[Tensor, Tensor,
         found.append((start + vector // each * 32 + place, vector % each * plane, plane))
         start += 32 * -(-8 * -(-dim // 16) // each)
     return tuple(found)
+
+
+def tile_bytes_of(codes: Tensor, bits: int) -> Tensor:
+    """Vectors of codes [..., V, 32], as many as a tile has, as uint8 [..., tile_bytes]."""
+    planes, shift = [], 0
+    for plane in PLANES[bits]:
+        each = 16 // plane
+        part = (codes.int() >> shift) & (2**plane - 1)
+        whole = torch.nn.functional.pad(part, (0, 0, 0, -part.shape[-2] % each))
+        strips = whole.reshape(*codes.shape[:-2], -1, each, 32)
+        places = plane * torch.arange(each, dtype=torch.int32, device=codes.device)
+        words = (strips << places[:, None]).sum(-2, dtype=torch.int32).to(torch.int16)
+        planes.append(words.view(torch.uint8).flatten(-2))
+        shift += plane
+    return torch.cat(planes, -1)
 
 
 def _words(block: Tensor, layout: Layout, tile: int, values: bool) -> Tensor:

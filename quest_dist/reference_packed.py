@@ -62,11 +62,42 @@ def unpacked(block: Tensor, layout: Layout, levels: Tensor) -> tuple[Tensor, Ten
     return steps[0] * key_scale + key_minimum, values.view(layout.group, layout.dim)
 
 
+def unpacked_nuq(
+    packed: Packed, number: int, head: int, position: int, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """What a block of nuq codes stands for, whose first token has `position`: as `unpacked`, keys
+    turned to their positions (as far as there are some)."""
+    nuq, half = packed.nuq, layout.dim // 2
+    assert nuq is not None
+    heads, block = nuq.keys.shape[0], packed.blocks[number, head]
+    found = []
+    for of in range(2):
+        codes = get_codes(block, layout, 0, values=of == 1)
+        steps = packed.levels[of].double()[codes]
+        if of == 0:
+            steps = torch.cat([steps[:, 0::2], steps[:, 1::2]], 1)
+            scale, added = nuq.keys[head].double()
+        else:
+            added, scale = nuq.values[number].double()[..., None]
+        x = steps * scale + added
+        start, end = nuq.starts[number, of * heads + head :][:2].tolist()
+        places, bits = nuq.outliers[start:end].unbind(1)
+        x.view(-1).index_add_(0, places.long() & 0xFFFF, bits.view(torch.float16).double())
+        found.append(x)
+    keys, values = found
+    cos, sin = (one[position : position + TILE].double() for one in (nuq.cos, nuq.sin))
+    first, second = keys[: len(cos), :half].clone(), keys[: len(cos), half:].clone()
+    keys[: len(cos), :half] = first * cos - second * sin
+    keys[: len(cos), half:] = second * cos + first * sin
+    return keys, values
+
+
 def dense(packed: Packed, kv: Tensor, page_table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """A pool of the rows' own pages in which packed tokens are what their codes stand for, in the
     accumulator's dtype, and its page table."""
     exact = reference.accumulator(kv.dtype)
-    layout = Layout(packed.bits, packed.group, kv.shape[4])
+    layout = packed.layout(kv.shape[4])
+    sinks = 0 if packed.nuq is None else packed.nuq.sinks
     rows, pages = page_table.shape
     own = kv[page_table.long().clamp(0, kv.shape[0] - 1).flatten()].to(exact)
     tokens = own.view(rows, pages, *kv.shape[1:]).permute(0, 2, 3, 1, 4, 5)
@@ -75,10 +106,14 @@ def dense(packed: Packed, kv: Tensor, page_table: Tensor, lengths: Tensor) -> tu
         ends = int(packed.keys[r]), int(packed.values[r])
         for start in range(0, max(ends), packed.group):
             for head in range(kv.shape[1]):
-                block = packed.blocks[int(packed.table[r, start // packed.group]), head]
-                for of, found in enumerate(unpacked(block, layout, packed.levels)):
-                    some = max(0, min(ends[of] - start, packed.group))
-                    tokens[r, head, of, start : start + some] = found[:some].to(exact)
+                number = int(packed.table[r, start // packed.group])
+                if packed.nuq is None:
+                    both = unpacked(packed.blocks[number, head], layout, packed.levels)
+                else:
+                    both = unpacked_nuq(packed, number, head, start, layout)
+                for of, found in enumerate(both):
+                    some = slice(max(0, sinks - start), max(0, min(ends[of] - start, packed.group)))
+                    tokens[r, head, of, start:][some] = found[some].to(exact)
     paged = tokens.view(rows, kv.shape[1], 2, pages, kv.shape[3], kv.shape[4])
     table = torch.arange(rows * pages, dtype=torch.int32).view(rows, pages)
     return paged.permute(0, 3, 1, 2, 4, 5).reshape(-1, *kv.shape[1:]), table

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quest_dist import faults, ops
 from quest_dist.backend import by_reference, compiled_cuda
-from quest_dist.packing import Packed
+from quest_dist.packing import Nuq, Packed
 
 available = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not available, reason="needs a CUDA device")]
@@ -36,8 +36,8 @@ MOVED = (
 
 def there(x: Any) -> Any:
     """A tensor on the GPU with the same strides; anything else as it is."""
-    if isinstance(x, Packed):
-        return Packed(*map(there, x))
+    if isinstance(x, Packed | Nuq):
+        return type(x)(*map(there, x))
     if not isinstance(x, Tensor) or x.is_cuda:
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nuq_tokens import back_and_forth
 from sklearn.cluster import KMeans
 from tiny_models import KINDS, tiny, tiny_loaded
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from quest_dist.attention_inputs import seen, turned
 from quest_dist.calibrators import kvquant
-from quest_dist.methods.kvquant_tokens import Rules, Tokens
+from quest_dist.methods.kvquant_blocks import Rules
 from quest_dist.nuq import BITS, Codebook
 
 TOKENS = torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(4))
@@ -138,7 +139,7 @@ def test_an_artefact_ascends_and_quantises_the_text_it_was_made_of_better_than_s
     seen_ = [kvquant._observed(loaded, row[None], 1) for row in TOKENS]
     for layer in range(4):
         k, k_weight, v, v_weight = (torch.cat([s[layer][part] for s in seen_]) for part in range(4))
-        bounds = made["lower"][layer].flatten(), made["upper"][layer].flatten()
+        bounds = made["lower"][layer], made["upper"][layer]
         previous = float("inf")
         for bits in BITS:
             chosen = [made[f"{x}{bits}"][layer] for x in "kv"]
@@ -147,11 +148,10 @@ def test_an_artefact_ascends_and_quantises_the_text_it_was_made_of_better_than_s
                 assert bool((one.abs() <= 1).all())
             errors = []
             for tables in (chosen, [torch.linspace(-1, 1, 1 << bits)] * 2):
-                books = [Codebook.of(bits, one, one) for one in tables]
-                how = Rules(*bounds, *books, 0.05)
-                tokens = Tokens.of(k, v, how)
-                error_k = (k_weight.float() * (tokens.keys(how, 16) - k).square()).sum()
-                error_v = (v_weight.float() * (tokens.values(how, 16) - v).square()).sum()
+                books = [Codebook(one, one) for one in tables]
+                keys, values = back_and_forth(k, v.float(), Rules(*bounds, *books, 0.05))
+                error_k = (k_weight.float() * (keys - k).square()).sum()
+                error_v = (v_weight.float() * (values - v).square()).sum()
                 errors.append(float(error_k / k_weight.float().sum() + error_v))
             assert errors[0] < errors[1]
             assert errors[0] < previous

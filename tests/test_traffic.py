@@ -28,11 +28,17 @@ LENGTH, BUDGET = 75, 12
         ("oracle_page", {"gqa": "max"}, (LENGTH + 12) * VECTOR, LENGTH * TOKEN),
         ("streaming", {}, 12 * TOKEN, 12 * TOKEN),
         ("h2o", {}, 12 * (TOKEN + 2 * SCORE), 12 * (TOKEN + SCORE)),
-        # 32 channels: 3 bits of key and value, two outlier values and 0.32 keys, offset and range,
-        # a count; a sink; and the bounds of 32 channels with two tables of eight.
-        ("kvquant3", {}, TOKEN + 74 * 39.28 + 320, TOKEN + 74 * 39.28 + 320),
-        ("kvquant3", {"outliers": 0.0, "sinks": 0}, 75 * 30 + 320, 75 * 30 + 320),
-        ("kvquant2", {"outliers": 0.0, "sinks": 0}, 75 * 22 + 288, 75 * 22 + 288),
+        # Blocks of 16 tokens: codes (of 3 bits in two planes, the second half empty for heads of 16
+        # channels), offset and range a value, five starts; two outlier values and 0.32 keys a token
+        # of 32 channels; a sink; and the norms of 32 channels with two tables of eight.
+        *(
+            ("kvquant3", settings, *[sinks * TOKEN + 5 * 596 + (75 - sinks) * outliers + 320] * 2)
+            for settings, sinks, outliers in (
+                ({}, 1, 4 * 2.32),
+                ({"outliers": 0.0, "sinks": 0}, 0, 0),
+            )
+        ),
+        ("kvquant2", {"outliers": 0.0, "sinks": 0}, *[5 * 340 + 288] * 2),
         # Of 74 tokens of prefix 6 are the window: 68 in 3 clusters, with a label a kv head each.
         ("squeezed", {}, 12 * TOKEN + 3 * VECTOR, LENGTH * TOKEN + 3 * VECTOR + 68 * 2 * 4),
         (

@@ -78,8 +78,8 @@ void add_run(const Job& job, int64_t row, int64_t first, int64_t last, std::vect
                              number * kBlock / job.layout.group);
       }
       const int64_t within = number % (job.layout.group / kBlock);
-      tiles.push_back(
-          {block, static_cast<int32_t>(number), static_cast<int32_t>(within), listed, end <= both});
+      tiles.push_back({block, static_cast<int32_t>(number), static_cast<int32_t>(within), listed,
+                       first >= job.packed.nuq.sinks && end <= both});
     }
     first = end;
   }
@@ -105,6 +105,34 @@ struct Task {
   int64_t row, rows, kv_head, kv_heads, query_head, list, split;
 };
 
+// The packed keys (of = 0) or values (1) of a tile, widened.
+void widen_tile(const Job& job, const Tile& tile, int64_t kv_head, int of, float* wide) {
+  const PackedLayout& l = job.layout;
+  const uint8_t* block = tile.block + kv_head * l.bytes;
+  const float* levels = job.packed.levels + of * (int64_t{1} << l.bits);
+  const Nuq& nuq = job.packed.nuq;
+  if (nuq.keys == nullptr) {
+    current_isa().unpack(l, block, tile.within, levels, of == 1, wide);
+    return;
+  }
+  const int64_t heads = job.p.kv_heads, id = (tile.block - job.packed.data) / (heads * l.bytes);
+  const int64_t first = static_cast<int64_t>(tile.number) * kBlock, half = l.dim / 2;
+  NuqTile one{};
+  one.block = block;
+  one.levels = levels;
+  one.outliers = outliers_of(job.packed, l, "attend_packed", heads, id, kv_head, of, &one.count);
+  if (of == 1) {
+    one.value_norms = nuq.values + id * 2 * kBlock;
+  } else {
+    one.key_scale = nuq.keys + kv_head * 2 * l.dim;
+    one.key_offset = one.key_scale + l.dim;
+    one.cos = nuq.cos + first * half;
+    one.sin = nuq.sin + first * half;
+    one.tokens = std::min<int64_t>(kBlock, nuq.positions - first);
+  }
+  current_isa().unpack_nuq(l, one, wide);
+}
+
 // Some query heads of one row over one tile, whose tokens are widened first.
 void attend_tile(const Job& job, const Tile& tile, int64_t row, int64_t kv_head, int64_t head,
                  int64_t heads, float* state) {
@@ -114,11 +142,9 @@ void attend_tile(const Job& job, const Tile& tile, int64_t row, int64_t kv_head,
   float* wide = scratch(space, 2 * kBlock * l.dim);
   const int64_t first = static_cast<int64_t>(tile.number) * kBlock;
   const int32_t ends[2] = {job.packed.keys[row], job.packed.values[row]};
-  const int64_t levels = int64_t{1} << l.bits;
   for (int of = 0; of < 2; ++of) {
     if (tile.block == nullptr || ends[of] <= first) continue;
-    current_isa().unpack(l, tile.block + kv_head * l.bytes, tile.within,
-                         job.packed.levels + of * levels, of == 1, wide + of * kBlock * l.dim);
+    widen_tile(job, tile, kv_head, of, wide + of * kBlock * l.dim);
   }
   int64_t rows[kBlock];
   int n = 0;
@@ -126,8 +152,8 @@ void attend_tile(const Job& job, const Tile& tile, int64_t row, int64_t kv_head,
     if ((tile.listed >> t & 1) == 0) continue;
     rows[n++] = t;
     for (int of = 0; of < 2; ++of) {
-      if (first + t < ends[of]) continue;
       const int64_t token = first + t;
+      if (token < ends[of] && token >= job.packed.nuq.sinks) continue;
       const int64_t page = physical(p, "attend_packed", row, token / p.page_size);
       const int64_t at = key_row(p, page, kv_head) + token % p.page_size + of * p.page_size;
       widen_to(wide + (of * kBlock + t) * l.dim, p.kv, p.dtype, at * p.dim, p.dim);
@@ -346,7 +372,8 @@ void attend_packed(const Pages& p, const Packed& packed, const void* q, int64_t 
           nullptr,
           (p.dim + 2 + kLine - 1) / kLine * kLine,
           nullptr};
-  if (p.dtype == DType::kBFloat16 && p.dim % 16 == 0 && p.dim <= 256 && packed.bits <= 4) {
+  if (p.dtype == DType::kBFloat16 && p.dim % 16 == 0 && p.dim <= 256 && packed.bits <= 4 &&
+      packed.nuq.keys == nullptr) {
     job.fast = current_isa().packed_chunk;
   }
   job.tiles.resize(static_cast<size_t>(p.rows * job.lists()));

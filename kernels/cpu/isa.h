@@ -65,6 +65,20 @@ struct AttendBlock {
 using Unpack = void (*)(const PackedLayout& layout, const uint8_t* block, int64_t tile,
                         const float* levels, bool values, float* out);
 
+// One kv head's keys or values of a block that is packed as ops.h's Nuq says.
+struct NuqTile {
+  const uint8_t* block;
+  const float* levels;                  // of keys, or of values
+  const float *key_scale, *key_offset;  // [dim]; nullptr: these are values
+  const uint16_t* value_norms;          // fp16 [2, kBlock]: what is added, and what multiplies
+  const uint16_t* outliers;             // [count, 2], each within the tile
+  int64_t count;
+  const float *cos, *sin;  // of keys: [tokens, dim / 2]
+  int64_t tokens;          // that have a position; others are not turned
+};
+// It as fp32, [kBlock, dim], keys turned to their positions.
+using UnpackNuq = void (*)(const PackedLayout& layout, const NuqTile& tile, float* out);
+
 // Tokens of a chunk of packed attention, in tiles.
 constexpr int kChunk = 8;
 
@@ -129,6 +143,7 @@ struct Isa {
                   int32_t* index);
   Prefill prefill;  // nullptr where there is no fast path
   Unpack unpack;
+  UnpackNuq unpack_nuq;
   // For 2 to 4 bits and head dimensions that are multiples of 16 up to 256, with queries and folded
   // weights in bf16; nullptr where there is no fast path.
   void (*packed_chunk)(const PackedChunk& chunk);

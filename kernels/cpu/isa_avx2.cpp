@@ -27,6 +27,7 @@ const Isa kAvx2 = {
     nullptr,
     nullptr,
     unpack,
+    unpack_nuq,
     nullptr,
 };
 

@@ -28,6 +28,7 @@ const Isa kAvx512 = {
     largest,
     nullptr,
     unpack,
+    unpack_nuq,
     nullptr,
 };
 

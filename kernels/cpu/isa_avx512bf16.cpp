@@ -32,6 +32,7 @@ const Isa kAvx512Bf16 = {
     largest,
     prefill,
     unpack,
+    unpack_nuq,
     packed_chunk,
 };
 

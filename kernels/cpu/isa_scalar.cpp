@@ -27,6 +27,7 @@ const Isa kScalar = {
     nullptr,
     nullptr,
     unpack,
+    unpack_nuq,
     nullptr,
 };
 

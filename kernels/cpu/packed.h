@@ -19,13 +19,38 @@ inline uint8_t* packed_block(const Packed& packed, const PackedLayout& l, const 
   return packed.data + id * kv_heads * l.bytes;
 }
 
-// Packed keys are whole groups, and neither they nor the values outnumber a row's blocks or tokens.
+// The outliers of a block's keys (of = 0) or values (1) of one kv head, checked.
+inline const uint16_t* outliers_of(const Packed& packed, const PackedLayout& l, const char* op,
+                                   int64_t kv_heads, int64_t id, int64_t kv_head, int of,
+                                   int64_t* count) {
+  const Nuq& nuq = packed.nuq;
+  const int64_t number = id * (2 * kv_heads + 1) + of * kv_heads + kv_head;
+  const int64_t first = nuq.starts[number], end = nuq.starts[number + 1];
+  if (first < 0 || end < first || end > nuq.outlier_count) {
+    refuse(op, "packed.nuq.starts of block " + std::to_string(id) + " name outliers " +
+                   std::to_string(first) + ".." + std::to_string(end) + " of " +
+                   std::to_string(nuq.outlier_count));
+  }
+  *count = end - first;
+  for (int64_t i = first; i < end; ++i) {
+    if (nuq.outliers[2 * i] >= l.group * l.dim) {
+      refuse(op, "packed.nuq.outliers[" + std::to_string(i) + "] is at " +
+                     std::to_string(nuq.outliers[2 * i]) + " of a block's " +
+                     std::to_string(l.group * l.dim) + " numbers");
+    }
+  }
+  return nuq.outliers + 2 * first;
+}
+
+// Packed keys are whole groups (each token for itself where they are Nuq's, which have positions),
+// and neither they nor the values outnumber a row's blocks or tokens.
 inline void check_packed(const Packed& packed, const char* op, int64_t rows, int64_t most_tokens,
                          const int32_t* lengths) {
   const auto check = [&](const char* name, const int32_t* ends, int64_t r, int64_t step) {
     int64_t most = packed.row_blocks * packed.group;
     const int64_t tokens = lengths == nullptr ? most_tokens : lengths[r];
     most = tokens < most ? tokens : most;
+    if (packed.nuq.keys != nullptr && packed.nuq.positions < most) most = packed.nuq.positions;
     if (ends[r] < 0 || ends[r] > most || ends[r] % step != 0) {
       refuse(op, std::string("packed.") + name + "[" + std::to_string(r) + "] is " +
                      std::to_string(ends[r]) + "; expected a multiple of " + std::to_string(step) +
@@ -33,7 +58,7 @@ inline void check_packed(const Packed& packed, const char* op, int64_t rows, int
     }
   };
   for (int64_t r = 0; r < rows; ++r) {
-    check("keys", packed.keys, r, packed.group);
+    check("keys", packed.keys, r, packed.nuq.keys == nullptr ? packed.group : 1);
     check("values", packed.values, r, 1);
   }
 }

@@ -71,4 +71,51 @@ void unpack(const PackedLayout& l, const uint8_t* block, int64_t number, const f
   }
 }
 
+void unpack_nuq(const PackedLayout& l, const quest::cpu::NuqTile& tile, float* out) {
+  const bool values = tile.key_scale == nullptr;
+  const uint8_t* codes_of = tile.block + (values ? l.value_codes : l.key_codes);
+  const int64_t half = l.dim / 2;
+  uint16_t codes[32];
+  if (values) {
+    const uint8_t* norms = reinterpret_cast<const uint8_t*>(tile.value_norms);
+    for (int64_t first = 0; first < l.dim; first += 16) {
+      for (int64_t t = 0; t < kBlock; t += 2) {
+        vector_codes(l, codes_of, first / 2 + t / 2, codes);
+        for (int64_t one = t; one < t + 2; ++one) {
+          const float offset = from_half(norms + 2 * one);
+          const float scale = from_half(norms + 2 * (kBlock + one));
+          for (int64_t c = first; c < first + 16 && c < l.dim; ++c) {
+            out[one * l.dim + c] = tile.levels[codes[2 * (c - first) + one - t]] * scale + offset;
+          }
+        }
+      }
+    }
+  } else {
+    for (int64_t c = 0; c < half; ++c) {
+      vector_codes(l, codes_of, c, codes);
+      for (int64_t part = 0; part < 2; ++part) {
+        const int64_t channel = c + part * half;
+        const float scale = tile.key_scale[channel], offset = tile.key_offset[channel];
+        for (int64_t t = 0; t < kBlock; ++t) {
+          out[t * l.dim + channel] = tile.levels[codes[2 * t + part]] * scale + offset;
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const uint16_t* outlier = tile.outliers + 2 * i;
+    out[outlier[0]] += from_half(reinterpret_cast<const uint8_t*>(outlier + 1));
+  }
+  if (values) return;
+  for (int64_t t = 0; t < tile.tokens; ++t) {
+    float *first = out + t * l.dim, *second = first + half;
+    const float *cos = tile.cos + t * half, *sin = tile.sin + t * half;
+    for (int64_t c = 0; c < half; ++c) {
+      const float a = first[c], b = second[c];
+      first[c] = a * cos[c] - b * sin[c];
+      second[c] = b * cos[c] + a * sin[c];
+    }
+  }
+}
+
 }  // namespace

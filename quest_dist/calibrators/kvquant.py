@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from quest_dist.attention_inputs import seen, turned
-from quest_dist.methods.kvquant_tokens import value_bounds
+from quest_dist.methods.kvquant_blocks import value_bounds
 from quest_dist.nuq import BITS
 
 if TYPE_CHECKING:

@@ -3,8 +3,9 @@
 Nothing is discarded: every token is attended to, from codes. Keys are quantised before their
 rotation, per channel, by statistics of a calibration; values per token. Codes name the 2^b
 centroids of their layer, fitted by k-means that weighs each number by the squared gradient of the
-loss; `outliers` of the numbers stay in fp16 beside the codes, and the first `sinks` tokens stay as
-they are. A step turns what it reads of the keys to their positions, in fp32.
+loss; of `outliers` of the numbers what the codes miss stays beside them in fp16, and the first
+`sinks` tokens stay as they are. Attention reads the codes themselves and turns keys to their
+positions as it does (`ops.attend_packed`).
 
 The prefill is exact. What it left in the cache is quantised at the first step, once for all rows
 that share it, and each later token as it comes, the newest one of a step included. The cache holds
@@ -20,34 +21,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from quest_dist import artefacts, nuq, ops
-from quest_dist.methods.kvquant_tokens import Rules, Tokens, rules_bytes, token_bytes
+from quest_dist import artefacts, ops
+from quest_dist.methods.block_rows import BlockRows
+from quest_dist.methods.kvquant_blocks import AT_ONCE, Blocks, Rules, cache_bytes, encoded
 from quest_dist.methods.method import EVERYTHING, Method, Selection, View
 from quest_dist.methods.rotation import Rotation
 from quest_dist.methods.traffic import CacheShape
-from quest_dist.nuq import Codebook
+from quest_dist.nuq import BITS, Codebook
+from quest_dist.packing import TILE, Layout, Nuq, Packed
 from quest_dist.reference import Attended
-
-#: Channels of a layer that 16 bits can number.
-MOST_CHANNELS = 1 << 15
-
-
-@dataclass
-class _Row:
-    """One row's tokens in one layer, in order: the sinks, exact [sinks, G, D] each, tokens that
-    rows may share, and the row's own."""
-
-    sinks: tuple[Tensor, Tensor]
-    shared: Tokens | None
-    own: Tokens | None
-
-
-@dataclass
-class _Layer:
-    rules: Rules
-    rows: list[_Row]
-    lengths: list[int]
 
 
 @dataclass
@@ -66,13 +50,13 @@ class KVQuant(Method):
     outliers: float = 0.01
     sinks: int = 1
     qnorm: bool = False
-    _prefilled: list[int] = field(default_factory=list, init=False, repr=False)
-    _layers: dict[int, _Layer] = field(default_factory=dict, init=False, repr=False)
+    _rows: BlockRows = field(init=False, repr=False)
+    _layers: dict[int, Blocks] = field(default_factory=dict, init=False, repr=False)
     _rotation: Rotation = field(default_factory=Rotation, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        if self.bits not in nuq.BITS or isinstance(self.bits, bool):
+        if self.bits not in BITS or isinstance(self.bits, bool):
             raise ValueError(f"bits={self.bits!r}: choose 2, 3 or 4")
         if not 0.0 <= self.outliers <= 1.0:
             raise ValueError(f"outliers={self.outliers}: choose a share from 0 to 1")
@@ -84,88 +68,78 @@ class KVQuant(Method):
     def begin(self, budgets: Sequence[int], lengths: Sequence[int]) -> None:
         """Serve these rows; what was prefilled is quantised when its layer is first asked for."""
         super().begin(budgets, lengths)
-        self._prefilled = list(lengths)
+        self._rows = BlockRows(TILE, lambda length: (length, length), lengths)
         self._layers = {}
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with the rows named."""
         super().keep(rows)
-        self._prefilled = [self._prefilled[row] for row in rows]
-        for layer in self._layers.values():
-            layer.rows = [layer.rows[row] for row in rows]
-            layer.lengths = [layer.lengths[row] for row in rows]
+        self._rows.keep(rows)
+
+    def check_backend(
+        self, device: str, dtype: str | None = None, head_dim: int | None = None
+    ) -> None:
+        """Raise ValueError for heads that cannot be packed, and as all methods do."""
+        super().check_backend(device, dtype, head_dim)
+        if head_dim is not None:
+            Layout(self.bits, TILE, head_dim, nuq=True)
 
     def select(self, view: View, q: Tensor) -> Selection:
         """Everything."""
         return EVERYTHING
 
     def attend(self, view: View, q: Tensor, selection: Selection) -> Attended:
-        """Attention in fp32 over what codes, outliers and sinks stand for."""
-        layer = self._read_new(view)
-        read: dict[int, tuple[Tensor, Tensor]] = {}
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        for number, row in enumerate(layer.rows):
-            parts = [(row.sinks[0].float(), row.sinks[1].float())]
-            start = row.sinks[0].shape[0]
-            for tokens in (row.shared, row.own):
-                if tokens is None:
-                    continue
-                if id(tokens) not in read:
-                    read[id(tokens)] = self._numbers(tokens, layer.rules, view, start)
-                parts.append(read[id(tokens)])
-                start += len(tokens)
-            result, lse[number] = _attention(q[number], parts, view.scale)
-            out[number] = result.to(q.dtype)
-        lengths = view.lengths[:, None]
-        attended = lengths.expand(-1, view.heads)
-        return Attended(out, attended, lengths.expand(-1, view.kv_heads), None, lse)
+        """Attention over what codes and outliers stand for, and the sinks."""
+        if self._rows.advance(view):
+            self._ends = self._rows.counts(self._rows.ends)
+        blocks = self._layers.get(view.layer)
+        if blocks is None:
+            blocks = self._layers[view.layer] = Blocks(self._rules(view), view.kv)
+        blocks.grow(self._rows.made)
+        self._write(view, blocks)
+        cos, sin = self._rotation.tables(view.rotate, max(view.lengths_list), view.kv)
+        beside = (blocks.key_norms, blocks.norms, blocks.starts, blocks.outliers, cos, sin)
+        keys, values = self._ends
+        nuq = Nuq(*beside, self.sinks)
+        packed = Packed(blocks.codes, self._rows.table, keys, values, blocks.levels, TILE, nuq)
+        return ops.attend_packed(
+            q, view.kv, packed, view.page_table, view.lengths, scale=view.scale
+        )
 
-    def _numbers(
-        self, tokens: Tokens, rules: Rules, view: View, start: int
-    ) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of tokens whose first has position `start`, fp32 [n, G, D]."""
-        head_dim = view.kv.shape[-1]
-        keys = tokens.keys(rules, head_dim)
-        turned = self._rotation.forth(keys, view.rotate, start)
-        return turned, tokens.values(rules, head_dim)
+    def _write(self, view: View, blocks: Blocks) -> None:
+        """Quantise what each row has got since this layer was last asked for: whole blocks once,
+        the last one of a row as often as it grows."""
+        rows = self._rows
+        full: list[tuple[int, int]] = []
+        growing: list[tuple[int, int]] = []
+        for row, (start, end) in enumerate(zip(rows.starts[0], rows.ends[0], strict=True)):
+            full += [(row, block) for block in range(start // TILE, end // TILE)]
+            growing += [(row, end // TILE)] * (end % TILE > 0)
+        for some in (full, growing):
+            for first in range(0, len(some), AT_ONCE):
+                lot = some[first : first + AT_ONCE]
+                k, v, there = self._tokens(view, lot)
+                ids = [rows.ids[row][block] for row, block in lot]
+                blocks.put(ids, encoded(k, v, there, blocks.rules), full=some is full)
 
-    def _read_new(self, view: View) -> _Layer:
-        """Quantise what each row has got since this layer was last asked for."""
-        layer = self._layers.get(view.layer)
-        if layer is None:
-            layer = self._layers[view.layer] = self._begun(view)
-        for number, length in enumerate(view.lengths_list):
-            start, row = layer.lengths[number], layer.rows[number]
-            if start < min(self.sinks, length):  # the context was shorter
-                start = min(self.sinks, length)
-                row.sinks = self._cached(view, number, 0, start)
-                layer.lengths[number] = start
-            if length > start:
-                tokens = self._quantised(view, number, start, length, layer.rules)
-                row.own = tokens if row.own is None else row.own.followed_by(tokens)
-                layer.lengths[number] = length
-        return layer
-
-    def _begun(self, view: View) -> _Layer:
-        """The rows of a layer with their sinks, and the whole pages that were prefilled."""
-        layer = _Layer(self._rules(view), [], [])
-        known: dict[tuple[int, ...], Tokens] = {}
-        for number, prefilled in enumerate(self._prefilled):
-            start = min(self.sinks, view.lengths_list[number])
-            row = _Row(self._cached(view, number, 0, start), None, None)
-            pages = prefilled // view.page_size
-            if (end := pages * view.page_size) > start:
-                ids = tuple(view.page_table[number, :pages].tolist())
-                if ids not in known:
-                    known[ids] = self._quantised(view, number, start, end, layer.rules)
-                row.shared = known[ids]
-            layer.rows.append(row)
-            layer.lengths.append(max(start, end))
-        return layer
-
-    def _quantised(self, view: View, row: int, start: int, end: int, rules: Rules) -> Tokens:
-        k, v = self._cached(view, row, start, end)
-        return Tokens.of(self._rotation.back(k.float(), view.rotate, start), v.float(), rules)
+    def _tokens(self, view: View, lot: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys before rotation and values of blocks of rows, fp32 [n, TILE, G, D] each, and which
+        of their tokens are to be quantised, bool [n, TILE]."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        there = []
+        for row, first, last in _runs(lot):
+            start, end = first * TILE, min((last + 1) * TILE, view.lengths_list[row])
+            k, v = self._cached(view, row, start, end)
+            missing = (0, 0, 0, 0, 0, (start - end) % TILE)
+            for x, parts in (
+                (self._rotation.back(k.float(), view.rotate, start), keys),
+                (v.float(), values),
+            ):
+                parts.append(pad(x, missing).view(-1, TILE, *x.shape[1:]))
+            at = torch.arange(start, (last + 1) * TILE, device=k.device).view(-1, TILE)
+            there.append((at >= self.sinks) & (at < end))
+        return torch.cat(keys), torch.cat(values), torch.cat(there)
 
     @staticmethod
     def _cached(view: View, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -173,12 +147,9 @@ class KVQuant(Method):
         first = start // view.page_size
         skipped = first * view.page_size
         table = view.page_table[row : row + 1, first:].contiguous()
-        if end == start:
-            return (view.kv.new_empty(0, view.kv_heads, view.kv.shape[-1]),) * 2
         k, v = ops.gather(view.kv, table, end - skipped)
-        return k[0, :, start - skipped :].transpose(0, 1), v[0, :, start - skipped :].transpose(
-            0, 1
-        )
+        some = slice(start - skipped, None)
+        return k[0, :, some].transpose(0, 1), v[0, :, some].transpose(0, 1)
 
     def _rules(self, view: View) -> Rules:
         """How the artefact says that this layer is quantised; ValueError for another shape."""
@@ -192,17 +163,15 @@ class KVQuant(Method):
                 f"artefact={self.artefact!r}: made for {layers} layers of {heads[0]} kv heads of"
                 f" {heads[1]}, but layer {view.layer} has {shape[0]} of {shape[1]}"
             )
-        if shape[0] * shape[1] > MOST_CHANNELS:
-            raise ValueError(f"kvquant: {shape[0]} kv heads of {shape[1]} are over {MOST_CHANNELS}")
 
         def of(name: str) -> Tensor:
             return tensors[name][view.layer].to(view.kv.device)
 
         def codebook(which: str) -> Codebook:
             meanings = f"{which}{self.bits}" + ("_qnorm" if self.qnorm else "")
-            return Codebook.of(self.bits, of(f"{which}{self.bits}"), of(meanings))
+            return Codebook(of(f"{which}{self.bits}").float(), of(meanings).float())
 
-        bounds = of("lower").flatten(), of("upper").flatten()
+        bounds = of("lower").float(), of("upper").float()
         return Rules(*bounds, codebook("k"), codebook("v"), self.outliers)
 
     def planned(self, length: int, budget: int, page_size: int, step: int) -> tuple[int, int]:
@@ -215,23 +184,18 @@ class KVQuant(Method):
 
     def bytes_held(self, shape: CacheShape, length: int, budget: int) -> float:
         """Sinks, codes, outliers (as many keys as the calibration meant), norms, and the rules."""
-        sinks = min(self.sinks, length)
-        each = token_bytes(shape.kv_heads, shape.head_dim, self.bits, self.outliers)
-        rules = rules_bytes(shape.kv_heads * shape.head_dim, self.bits)
-        return sinks * shape.token_bytes + (length - sinks) * each + rules
+        own = cache_bytes(
+            shape.kv_heads, shape.head_dim, self.bits, self.outliers, length, self.sinks
+        )
+        return min(self.sinks, length) * shape.token_bytes + own
 
 
-def _attention(
-    q: Tensor, parts: Sequence[tuple[Tensor, Tensor]], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of q [H, D] over keys and values, fp32 [n, G, D] a part: out [H, D], lse [H]."""
-    kv_heads = parts[0][0].shape[1]
-    grouped = q.float().view(kv_heads, -1, q.shape[-1])
-    scores = [torch.einsum("ghd,ngd->ghn", grouped, k) for k, _ in parts]
-    joined = torch.cat(scores, -1) * scale
-    lse = joined.logsumexp(-1)
-    weights = torch.split((joined - lse[..., None]).exp(), [len(k) for k, _ in parts], -1)
-    out = torch.stack(
-        [torch.einsum("ghn,ngd->ghd", w, v) for w, (_, v) in zip(weights, parts, strict=True)]
-    ).sum(0)
-    return out.view(q.shape), lse.view(-1)
+def _runs(lot: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Row, first and last block of each run of neighbouring blocks of a row."""
+    runs: list[tuple[int, int, int]] = []
+    for row, block in lot:
+        if runs and runs[-1][0] == row and runs[-1][2] == block - 1:
+            runs[-1] = (row, runs[-1][1], block)
+        else:
+            runs.append((row, block, block))
+    return runs
