@@ -11,7 +11,7 @@ inline PackedLayout layout_of(const Packed& packed, int64_t dim) {
   l.bits = static_cast<int>(packed.bits);
   l.dim = dim;
   l.group = packed.group;
-  l.width = packed.group < dim ? packed.group : dim;
+  l.width = packed.group < dim && packed.nuq.keys == nullptr ? packed.group : dim;
   l.vectors = (dim + 15) / 16 * 8;
   const auto strips = [&](int64_t plane) { return (l.vectors * plane + 15) / 16 * 64; };
   l.high_plane = strips(2);

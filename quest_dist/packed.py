@@ -5,7 +5,7 @@ from their blocks alone, the others of a row from the pool's pages.
 
 Invariants, beside those of `ops`: codes are the reference's bits; a row of which nothing is packed
 gets the bits of `ops.attend`. In bf16, a CPU that multiplies bf16 in pairs rounds query * scale and
-probability * scale to bf16; minima meet fp32.
+probability * scale to bf16, and levels that are not whole numbers; minima and outliers meet fp32.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ struct Job {
   float* state;                          // [R, splits, H, record], as in attend.cpp
   int64_t record;
   void (*fast)(const PackedChunk&);
+  const float *turn_cos, *turn_sin;  // of NuqChunk
 
   int64_t lists() const { return selection.index == nullptr ? 1 : selection.lists; }
   const std::vector<Tile>& of(int64_t row, int64_t list) const {
@@ -68,9 +69,10 @@ void add_run(const Job& job, int64_t row, int64_t first, int64_t last, std::vect
     const int64_t number = first / kBlock, end = std::min(last, (number + 1) * kBlock);
     const uint32_t upto = (1u << (end - number * kBlock)) - 1u;
     const auto listed = static_cast<uint16_t>(upto & ~((1u << first % kBlock) - 1u));
+    const bool whole = first >= job.packed.nuq.sinks && end <= both;
     if (!tiles.empty() && tiles.back().number == number) {
       tiles.back().listed = static_cast<uint16_t>(tiles.back().listed | listed);
-      tiles.back().whole = tiles.back().whole && end <= both;
+      tiles.back().whole = tiles.back().whole && whole;
     } else {
       const uint8_t* block = nullptr;
       if (number * kBlock < some) {
@@ -78,8 +80,8 @@ void add_run(const Job& job, int64_t row, int64_t first, int64_t last, std::vect
                              number * kBlock / job.layout.group);
       }
       const int64_t within = number % (job.layout.group / kBlock);
-      tiles.push_back({block, static_cast<int32_t>(number), static_cast<int32_t>(within), listed,
-                       first >= job.packed.nuq.sinks && end <= both});
+      tiles.push_back(
+          {block, static_cast<int32_t>(number), static_cast<int32_t>(within), listed, whole});
     }
     first = end;
   }
@@ -180,6 +182,29 @@ void attend_tile(const Job& job, const Tile& tile, int64_t row, int64_t kv_head,
   current_isa().attend_block[static_cast<int>(DType::kFloat32)](one);
 }
 
+// A tile of KVQuant's codes becomes the `at`-th of a chunk.
+void put_nuq(const Job& job, const Tile& tile, int64_t kv_head, int at, PackedChunk& chunk,
+             NuqChunk& to) {
+  const PackedLayout& l = job.layout;
+  const Nuq& nuq = job.packed.nuq;
+  const int64_t heads = job.p.kv_heads, id = (tile.block - job.packed.data) / (heads * l.bytes);
+  const int64_t first = static_cast<int64_t>(tile.number) * kBlock * (l.dim / 2);
+  const auto* norms = reinterpret_cast<const uint8_t*>(nuq.values + id * 2 * kBlock);
+  chunk.value_minima[at] = norms;
+  chunk.value_scales[at] = norms + 2 * kBlock;
+  chunk.nuq = &to;
+  to.key_scale = nuq.keys + kv_head * 2 * l.dim;
+  to.key_offset = to.key_scale + l.dim;
+  to.turn_cos = job.turn_cos;
+  to.turn_sin = job.turn_sin;
+  to.cos[at] = nuq.cos + first;
+  to.sin[at] = nuq.sin + first;
+  for (int of = 0; of < 2; ++of) {
+    to.outliers[of][at] =
+        outliers_of(job.packed, l, "attend_packed", heads, id, kv_head, of, &to.count[of][at]);
+  }
+}
+
 // Tiles [first, last) of one list; `jump` bytes behind each block lies the one that is read next,
 // 0: the block of the tile kChunk further on, for kv head `next_head`; < 0: not to be asked for.
 void attend_tiles(const Job& job, const std::vector<Tile>& tiles, int64_t first, int64_t last,
@@ -194,12 +219,20 @@ void attend_tiles(const Job& job, const std::vector<Tile>& tiles, int64_t first,
       continue;
     }
     PackedChunk chunk{};
+    NuqChunk nuq{};
     for (; i < last && tiles[static_cast<size_t>(i)].whole; ++i, ++chunk.tiles) {
       const Tile& one = tiles[static_cast<size_t>(i)];
       const int at = chunk.tiles;
       chunk.block[at] = one.block + kv_head * l.bytes;
       chunk.tile[at] = one.within;
       chunk.listed[at] = one.listed;
+      if (job.packed.nuq.keys != nullptr) {
+        put_nuq(job, one, kv_head, at, chunk, nuq);
+      } else {
+        const int64_t values = 2 * one.within * kBlock;
+        chunk.value_scales[at] = chunk.block[at] + l.value_scales + values;
+        chunk.value_minima[at] = chunk.block[at] + l.value_minima + values;
+      }
       if (jump > 0) chunk.next[at] = chunk.block[at] + jump;
       const size_t later = static_cast<size_t>(i + kChunk);
       if (jump == 0 && later < tiles.size() && tiles[later].whole) {
@@ -371,10 +404,23 @@ void attend_packed(const Pages& p, const Packed& packed, const void* q, int64_t 
           0,
           nullptr,
           (p.dim + 2 + kLine - 1) / kLine * kLine,
+          nullptr,
+          nullptr,
           nullptr};
   if (p.dtype == DType::kBFloat16 && p.dim % 16 == 0 && p.dim <= 256 && packed.bits <= 4 &&
-      packed.nuq.keys == nullptr) {
+      (packed.nuq.keys == nullptr || packed.nuq.positions >= kBlock)) {
     job.fast = current_isa().packed_chunk;
+  }
+  static thread_local std::vector<float> turns;
+  if (job.fast != nullptr && packed.nuq.keys != nullptr) {
+    const int64_t half = p.dim / 2;
+    float* turn = scratch(turns, 2 * half * kBlock);
+    for (int64_t i = 0; i < half * kBlock; ++i) {
+      turn[i] = packed.nuq.cos[i % kBlock * half + i / kBlock];
+      turn[half * kBlock + i] = packed.nuq.sin[i % kBlock * half + i / kBlock];
+    }
+    job.turn_cos = turn;
+    job.turn_sin = turn + half * kBlock;
   }
   job.tiles.resize(static_cast<size_t>(p.rows * job.lists()));
   for (int64_t i = 0; i < p.rows * job.lists(); ++i) {

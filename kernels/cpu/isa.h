@@ -82,6 +82,15 @@ using UnpackNuq = void (*)(const PackedLayout& layout, const NuqTile& tile, floa
 // Tokens of a chunk of packed attention, in tiles.
 constexpr int kChunk = 8;
 
+// What tiles of KVQuant's codes have beside them.
+struct NuqChunk {
+  const float *key_scale, *key_offset;     // [dim]
+  const float *turn_cos, *turn_sin;        // [dim / 2, kBlock]: the rotation by 0..15
+  const float *cos[kChunk], *sin[kChunk];  // [dim / 2]: that to a tile's first token
+  const uint16_t* outliers[2][kChunk];     // of keys, of values
+  int64_t count[2][kChunk];
+};
+
 // Some query heads of one row that share a kv head go on over some tiles, all packed.
 struct PackedChunk {
   const PackedLayout* layout;
@@ -93,6 +102,9 @@ struct PackedChunk {
   const uint8_t* block[kChunk];  // of each tile
   const uint8_t* next[kChunk];   // that is read next in its place, or nullptr
   int tile[kChunk];              // within its block
+  // fp16 of its tokens' values in the first group of channels; layout->group further in the next.
+  const uint8_t *value_scales[kChunk], *value_minima[kChunk];
+  const NuqChunk* nuq;           // nullptr: keys are turned already, and no outliers are apart
   uint16_t listed[kChunk];       // a bit a token; at least one
   int64_t stride;                // of the state, from head to head
   float *maximum, *total, *sum;  // as in AttendBlock; channels in order

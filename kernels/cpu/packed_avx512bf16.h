@@ -1,123 +1,13 @@
 // Packed tiles by the dot product of pairs of bf16, straight from their codes.
 //
-// What codes stand for is looked up in a table of 32 words of bf16 (levels, from the middle of
-// them): a word's upper bits do not matter where the table repeats itself. Scales are folded into
-// what the codes meet, in fp32 and then rounded to bf16: a block's keys meet query * scale, values
-// probability * scale. Minima meet query and probability in fp32.
+// Scales are folded into what the codes meet, in fp32 and then rounded to bf16: a block's keys meet
+// query * scale, values probability * scale. Minima meet query and probability in fp32.
 #pragma once
 
-#include "block.h"
-#include "packed_block.h"
-#include "vec_avx512.h"
+#include "nuq_avx512bf16.h"
+#include "packed_codes_avx512bf16.h"
 
 namespace {
-
-using quest::cpu::kChunk;
-using quest::cpu::PackedChunk;
-
-// Loops that fill the registers stand apart, and are unrolled before anything else is done with
-// them: else sums that are elements of an array would stay in memory.
-#define QUEST_APART __attribute__((noinline))
-#define QUEST_HERE __attribute__((always_inline))
-
-template <int I>
-struct Number {
-  constexpr operator int() const { return I; }
-};
-template <int N, int I = 0, typename Body>
-QUEST_HERE inline void each(Body&& body) {
-  if constexpr (I < N) {
-    body(Number<I>());
-    each<N, I + 1>(body);
-  }
-}
-
-inline Vec halves(const uint8_t* at) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-}
-
-struct Levels {
-  __m512i table;
-  float middle;
-
-  Levels(const float* levels, int bits) {
-    const int count = 1 << bits;
-    middle = 0.5f * (levels[0] + levels[count - 1]);
-    alignas(64) float spread[32];
-    for (int i = 0; i < 32; ++i) spread[i] = levels[i % count] - middle;
-    table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(spread + 16), load(spread)));
-  }
-};
-
-// Vectors that a strip of 64 bytes holds; of 3 bits, one of the plane of low bits.
-template <int B>
-constexpr int kEach = B == 4 ? 4 : 8;
-
-// The codes of a strip's vectors as levels, one vector after the other.
-template <int B>
-struct Strip {
-  __m512i words, high;
-
-  Strip() = default;
-  // Strip `number` of a tile; `high_plane` is where its plane of high bits begins.
-  Strip(const uint8_t* tile, int64_t number, int64_t high_plane) {
-    words = _mm512_loadu_si512(tile + number * 64);
-    if (B == 3) {
-      const __m512i both = _mm512_loadu_si512(tile + high_plane + number / 2 * 64);
-      high = number % 2 == 0 ? _mm512_slli_epi16(both, 2) : _mm512_srli_epi16(both, 6);
-    }
-  }
-  __m512bh next(__m512i table) {
-    __m512i index = words;
-    words = _mm512_srli_epi16(words, B == 4 ? 4 : 2);
-    if (B == 3) {
-      index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), index, high, 0xCA);
-      high = _mm512_srli_epi16(high, 1);
-    }
-    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, table));
-  }
-};
-
-inline __m512bh everywhere(uint32_t pair) {
-  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
-}
-inline void put_pairs(uint32_t* to, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
-}
-inline void put_pairs(uint32_t* to, Vec x, Vec y) {
-  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x)));
-}
-// The sums of four vectors' lanes.
-inline __m128 sums(const Vec* a) {
-  const Vec ab = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-  const Vec cd = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-  const __m512d l = _mm512_castps_pd(ab), h = _mm512_castps_pd(cd);
-  const Vec all =
-      add(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)), _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-constexpr int kFastDim = 256;
-constexpr int kFastGroups = kFastDim / kLanes;
-constexpr int kTokens = kChunk * kBlock;
-
-// What H heads carry through a chunk.
-template <int H>
-struct FoldedChunk {
-  alignas(64) uint32_t query[H * kFastDim / 2];  // query * scale of one block's keys, in pairs
-  float minimum[4];                              // query . minima of the same block
-  alignas(64) float score[H * kTokens];          // and then their exponentials
-  // Probability * scale of each tile's values, in pairs of tokens, two tiles of a head side by
-  // side; and the sums of probability * minimum.
-  alignas(64) uint32_t weight[kChunk * kFastGroups * H * kBlock / 2];
-  alignas(16) float minima[kFastGroups * 4];
-
-  uint32_t* weight_of(int tile, int group) {
-    return weight + (tile / 2 * kFastGroups + group) * H * kBlock + tile % 2 * (kBlock / 2);
-  }
-};
 
 template <int H>
 QUEST_APART void fold_keys(const PackedChunk& c, int tile, const float* q, float middle,
@@ -245,14 +135,14 @@ template <int H>
 QUEST_APART void fold_values(const PackedChunk& c, float middle, FoldedChunk<H>& f) {
   const PackedLayout& l = *c.layout;
   const int groups = static_cast<int>(l.dim / l.width);
-  const auto halves_of = [&](int t, int g, int64_t part) {
-    const int64_t at = part + 2 * (g * l.group + c.tile[t] * kBlock);
-    if (c.next[t] != nullptr) ask(c.next[t] + at, 32);
-    return halves(c.block[t] + at);
+  const auto halves_of = [&](int t, int g, const uint8_t* const* part) {
+    const uint8_t* at = part[t] + 2 * g * l.group;
+    if (c.nuq == nullptr && c.next[t] != nullptr) ask(c.next[t] + (at - c.block[t]), 32);
+    return halves(at);
   };
-  const auto scales = [&](int t, int g) { return halves_of(t, g, l.value_scales); };
+  const auto scales = [&](int t, int g) { return halves_of(t, g, c.value_scales); };
   const auto minima = [&](int t, int g, Vec scale) {
-    return fma(set1(middle), scale, halves_of(t, g, l.value_minima));
+    return fma(set1(middle), scale, halves_of(t, g, c.value_minima));
   };
   for (int g = 0; g < groups; ++g) {
     Vec low[4];
@@ -318,7 +208,10 @@ void packed_heads(const PackedChunk& c, int64_t head) {
   const PackedLayout& l = *c.layout;
   const Levels keys(c.levels, B), values(c.levels + (1 << B), B);
   FoldedChunk<H> f;
-  for (int t = 0; t < c.tiles;) {
+  for (int t = 0; c.nuq != nullptr && t < c.tiles; ++t) {
+    turned_keys<B, H>(c, t, c.q + head * l.dim, keys, f);
+  }
+  for (int t = 0; c.nuq == nullptr && t < c.tiles;) {
     const bool two = t + 1 < c.tiles && c.block[t + 1] == c.block[t];
     if (t == 0 || c.block[t] != c.block[t - 1]) {
       fold_keys<H>(c, t, c.q + head * l.dim, keys.middle, f);
@@ -341,6 +234,7 @@ void packed_heads(const PackedChunk& c, int64_t head) {
   for (; first < vectors; ++first) {
     packed_values<B, H, 1, false>(c, head, first, values.table, f);
   }
+  if (c.nuq != nullptr) outlier_values<H>(c, head, f);
 }
 
 template <int B>
