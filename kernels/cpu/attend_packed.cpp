@@ -182,13 +182,22 @@ void attend_tile(const Job& job, const Tile& tile, int64_t row, int64_t kv_head,
   current_isa().attend_block[static_cast<int>(DType::kFloat32)](one);
 }
 
-// A tile of KVQuant's codes becomes the `at`-th of a chunk.
-void put_nuq(const Job& job, const Tile& tile, int64_t kv_head, int at, PackedChunk& chunk,
-             NuqChunk& to) {
+// Asks for outliers from `number` of starts on, two lines of them.
+void ask_outliers(const Nuq& nuq, int64_t number) {
+  const int64_t first = nuq.starts[number];
+  if (first < 0 || first + 32 > nuq.outlier_count) return;
+  __builtin_prefetch(nuq.outliers + 2 * first);
+  __builtin_prefetch(nuq.outliers + 2 * first + 32);
+}
+
+// A tile of KVQuant's codes becomes the `at`-th of a chunk; `later` is read next in its place, for
+// kv head `next_head`, or nullptr.
+void put_nuq(const Job& job, const Tile& tile, int64_t kv_head, const Tile* later,
+             int64_t next_head, int at, PackedChunk& chunk, NuqChunk& to) {
   const PackedLayout& l = job.layout;
   const Nuq& nuq = job.packed.nuq;
   const int64_t heads = job.p.kv_heads, id = (tile.block - job.packed.data) / (heads * l.bytes);
-  const int64_t first = static_cast<int64_t>(tile.number) * kBlock * (l.dim / 2);
+  const int64_t first = static_cast<int64_t>(tile.number / 2) * kTurned * (l.dim / 2);
   const auto* norms = reinterpret_cast<const uint8_t*>(nuq.values + id * 2 * kBlock);
   chunk.value_minima[at] = norms;
   chunk.value_scales[at] = norms + 2 * kBlock;
@@ -197,11 +206,16 @@ void put_nuq(const Job& job, const Tile& tile, int64_t kv_head, int at, PackedCh
   to.key_offset = to.key_scale + l.dim;
   to.turn_cos = job.turn_cos;
   to.turn_sin = job.turn_sin;
+  to.odd[at] = tile.number % 2;
   to.cos[at] = nuq.cos + first;
   to.sin[at] = nuq.sin + first;
   for (int of = 0; of < 2; ++of) {
     to.outliers[of][at] =
         outliers_of(job.packed, l, "attend_packed", heads, id, kv_head, of, &to.count[of][at]);
+    if (later != nullptr) {
+      const int64_t next = (later->block - job.packed.data) / (heads * l.bytes);
+      ask_outliers(nuq, next * (2 * heads + 1) + of * heads + next_head);
+    }
   }
 }
 
@@ -226,16 +240,18 @@ void attend_tiles(const Job& job, const std::vector<Tile>& tiles, int64_t first,
       chunk.block[at] = one.block + kv_head * l.bytes;
       chunk.tile[at] = one.within;
       chunk.listed[at] = one.listed;
+      const size_t later = static_cast<size_t>(i + kChunk);
+      const bool follows = jump == 0 && later < tiles.size() && tiles[later].whole;
       if (job.packed.nuq.keys != nullptr) {
-        put_nuq(job, one, kv_head, at, chunk, nuq);
+        const Tile* next = jump > 0 ? &one : follows ? &tiles[later] : nullptr;
+        put_nuq(job, one, kv_head, next, jump > 0 ? kv_head + 1 : next_head, at, chunk, nuq);
       } else {
         const int64_t values = 2 * one.within * kBlock;
         chunk.value_scales[at] = chunk.block[at] + l.value_scales + values;
         chunk.value_minima[at] = chunk.block[at] + l.value_minima + values;
       }
       if (jump > 0) chunk.next[at] = chunk.block[at] + jump;
-      const size_t later = static_cast<size_t>(i + kChunk);
-      if (jump == 0 && later < tiles.size() && tiles[later].whole) {
+      if (follows) {
         chunk.next[at] = tiles[later].block + next_head * l.bytes +
                          (tiles[later].within - one.within) * l.tile_bytes;
       }
@@ -408,19 +424,19 @@ void attend_packed(const Pages& p, const Packed& packed, const void* q, int64_t 
           nullptr,
           nullptr};
   if (p.dtype == DType::kBFloat16 && p.dim % 16 == 0 && p.dim <= 256 && packed.bits <= 4 &&
-      (packed.nuq.keys == nullptr || packed.nuq.positions >= kBlock)) {
+      (packed.nuq.keys == nullptr || packed.nuq.positions >= kTurned)) {
     job.fast = current_isa().packed_chunk;
   }
   static thread_local std::vector<float> turns;
   if (job.fast != nullptr && packed.nuq.keys != nullptr) {
     const int64_t half = p.dim / 2;
-    float* turn = scratch(turns, 2 * half * kBlock);
-    for (int64_t i = 0; i < half * kBlock; ++i) {
-      turn[i] = packed.nuq.cos[i % kBlock * half + i / kBlock];
-      turn[half * kBlock + i] = packed.nuq.sin[i % kBlock * half + i / kBlock];
+    float* turn = scratch(turns, 2 * half * kTurned);
+    for (int64_t i = 0; i < half * kTurned; ++i) {
+      turn[i] = packed.nuq.cos[i % kTurned * half + i / kTurned];
+      turn[half * kTurned + i] = packed.nuq.sin[i % kTurned * half + i / kTurned];
     }
     job.turn_cos = turn;
-    job.turn_sin = turn + half * kBlock;
+    job.turn_sin = turn + half * kTurned;
   }
   job.tiles.resize(static_cast<size_t>(p.rows * job.lists()));
   for (int64_t i = 0; i < p.rows * job.lists(); ++i) {

@@ -82,11 +82,15 @@ using UnpackNuq = void (*)(const PackedLayout& layout, const NuqTile& tile, floa
 // Tokens of a chunk of packed attention, in tiles.
 constexpr int kChunk = 8;
 
+// Positions of two tiles.
+constexpr int kTurned = 2 * kBlock;
+
 // What tiles of KVQuant's codes have beside them.
 struct NuqChunk {
   const float *key_scale, *key_offset;     // [dim]
-  const float *turn_cos, *turn_sin;        // [dim / 2, kBlock]: the rotation by 0..15
-  const float *cos[kChunk], *sin[kChunk];  // [dim / 2]: that to a tile's first token
+  const float *turn_cos, *turn_sin;        // [dim / 2, kTurned]: the rotation by 0, 1, ...
+  int odd[kChunk];                         // 1 for a tile whose number in its row is odd
+  const float *cos[kChunk], *sin[kChunk];  // [dim / 2]: to the even tile's first token
   const uint16_t* outliers[2][kChunk];     // of keys, of values
   int64_t count[2][kChunk];
 };

@@ -32,7 +32,11 @@ inline const uint16_t* outliers_of(const Packed& packed, const PackedLayout& l, 
                    std::to_string(nuq.outlier_count));
   }
   *count = end - first;
+  uint16_t furthest = 0;  // first without a branch for each
   for (int64_t i = first; i < end; ++i) {
+    furthest = nuq.outliers[2 * i] > furthest ? nuq.outliers[2 * i] : furthest;
+  }
+  for (int64_t i = first; furthest >= l.group * l.dim && i < end; ++i) {
     if (nuq.outliers[2 * i] >= l.group * l.dim) {
       refuse(op, "packed.nuq.outliers[" + std::to_string(i) + "] is at " +
                      std::to_string(nuq.outliers[2 * i]) + " of a block's " +

@@ -208,8 +208,15 @@ void packed_heads(const PackedChunk& c, int64_t head) {
   const PackedLayout& l = *c.layout;
   const Levels keys(c.levels, B), values(c.levels + (1 << B), B);
   FoldedChunk<H> f;
-  for (int t = 0; c.nuq != nullptr && t < c.tiles; ++t) {
-    turned_keys<B, H>(c, t, c.q + head * l.dim, keys, f);
+  for (int t = 0; c.nuq != nullptr && t < c.tiles;) {
+    const bool two = t + 1 < c.tiles && c.nuq->cos[t + 1] == c.nuq->cos[t] && c.nuq->odd[t] == 0 &&
+                     c.nuq->odd[t + 1] == 1;
+    if (two) {
+      turned_keys<B, H, 2>(c, t, c.q + head * l.dim, keys, f);
+    } else {
+      turned_keys<B, H, 1>(c, t, c.q + head * l.dim, keys, f);
+    }
+    t += two ? 2 : 1;
   }
   for (int t = 0; c.nuq == nullptr && t < c.tiles;) {
     const bool two = t + 1 < c.tiles && c.block[t + 1] == c.block[t];
