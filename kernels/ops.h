@@ -34,7 +34,7 @@ struct Nuq {
   const float* keys;         // [G, 2, D]: what levels are multiplied by, and what is added
   const uint16_t* values;    // fp16 [blocks, 2, tile]: the same for each token of a block
   const int32_t* starts;     // [blocks, 2 G + 1]: a block's outliers of keys, then of values
-  const uint16_t* outliers;  // [outliers, 2]: token * D + channel, and the fp16 that is added
+  const uint16_t* outliers;  // [outliers, 2]: token * D + channel, ascending for each start; fp16
   const float *cos, *sin;    // [positions, D / 2]: the rotation to each position
   int64_t outlier_count, positions, sinks;  // sinks: first tokens that are not packed
 };

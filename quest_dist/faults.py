@@ -20,7 +20,7 @@ from quest_dist.backend import compiled_cuda
 # The names that kernels/cuda/ops.h numbers from 1 on.
 KINDS = (
     *("lengths", "page_table", "count", "index", "twice", "starts", "items", "keep"),
-    *("packed.table", "packed.keys", "packed.values"),
+    *("packed.table", "packed.keys", "packed.values", "packed.nuq.starts"),
 )
 
 debug = os.environ.get("QUEST_DEBUG") == "1"
@@ -103,6 +103,8 @@ def _expected(a: Arguments, kind: str) -> str:
         return f", but the blocks are 0..{size['B'] - 1}"
     if kind in ("packed.keys", "packed.values"):
         return "; expected no more than the row's tokens and blocks hold, keys in whole groups"
+    if kind == "packed.nuq.starts":
+        return f"; expected places in 0..{size['E']} that do not descend"
     return ", but force_last keeps at least the last item"
 
 

@@ -296,7 +296,8 @@ def attend_packed(
 def _named(packed: Packed) -> dict[str, Tensor]:
     """What a fault of packed tokens names."""
     names = ("table", "keys", "values")
-    return {f"packed.{name}": getattr(packed, name) for name in names}
+    named = {f"packed.{name}": getattr(packed, name) for name in names}
+    return named if packed.nuq is None else {**named, "packed.nuq.starts": packed.nuq.starts}
 
 
 def token_scores(

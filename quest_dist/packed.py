@@ -19,6 +19,9 @@ from quest_dist.backend import by_reference
 from quest_dist.packing import TILE, Layout, Nuq, Packed
 from quest_dist.reference import Attended
 
+#: Channels of a head that KVQuant's keys on a GPU are multiples of: eight of either half at once.
+GPU_STEP = 16
+
 
 def allocate_blocks(
     blocks: int,
@@ -101,6 +104,9 @@ def _check(a: Arguments, packed: Packed) -> None:
 
 
 def _check_nuq(a: Arguments, nuq: Nuq) -> None:
+    if nuq.keys.is_cuda and a["D"] % GPU_STEP:
+        expected = f"a multiple of {GPU_STEP} on a GPU"
+        raise a.refuse("packed.nuq", f"for head dimension {a['D']}", expected)
     if nuq.sinks < 0:
         raise a.refuse("packed.nuq.sinks", nuq.sinks, "0 or more tokens")
     a.of_dtype("packed.nuq.keys", nuq.keys, "G 2 D", torch.float32)

@@ -45,8 +45,8 @@ class Nuq(NamedTuple):
     A code of a key stands for levels[n] * keys[g, 0] + keys[g, 1], turned to the token's position,
     one of a value for levels[n] * values[b, 1, t] + values[b, 0, t]. To what codes stand for, and
     before the rotation, a block's outliers are added: entries starts[b, g] to starts[b, g + 1] to
-    the keys of kv head g, from starts[b, G + g] on to its values. The first `sinks` tokens of a row
-    are read from the pool.
+    the keys of kv head g, from starts[b, G + g] on to its values, places ascending. The first
+    `sinks` tokens of a row are read from the pool.
     """
 
     keys: Tensor  # fp32 [G, 2, D]

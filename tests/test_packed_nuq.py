@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quest_dist import ops, packing, reference_packed
 from quest_dist.nuq import BITS
+from quest_dist.packed import GPU_STEP
 from quest_dist.packing import TILE, Layout, Nuq, Packed
 
 SINKS = 3
@@ -73,6 +74,8 @@ def case_name(case: Case) -> str:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_attention_is_that_over_what_the_codes_stand_for(isa: str, case: Case, bits: int) -> None:
+    if isa == "cuda" and case.head_dim % GPU_STEP:
+        pytest.skip("a GPU takes heads of a multiple of 16 channels")
     pool, q, packed = filled(case, bits)
     for lists, unit in ((0, "pages"), (1, "pages"), (case.heads, "tokens")):
         index, count = random_lists(case, lists, unit) if lists else (None, None)

@@ -4,7 +4,7 @@
 #include "launch.h"
 #include "list.cuh"
 #include "lists.h"
-#include "packed.cuh"
+#include "nuq.cuh"
 
 namespace quest {
 namespace cuda {
@@ -32,8 +32,9 @@ struct PackedArgs {
 // Where a token's key and value are.
 struct Spot {
   int64_t row;           // of kv; -1: nowhere
-  const uint8_t* block;  // nullptr where nothing of it is packed
-  int token;             // of the row
+  const uint8_t* block;  // where something of it is packed
+  int token, id;         // of the row; of the block
+  Outliers outliers[2];  // of its key and its value, where the block is KVQuant's
 };
 
 struct Ends {
@@ -42,14 +43,19 @@ struct Ends {
 
 // Eight channels of a spot's key (or value) as fp32, zero beyond the row.
 template <typename T>
-__device__ __forceinline__ void read_spot(const PackedArgs& a, const Spot& spot, int end,
-                                          bool value, int lane, float (&x)[8]) {
+__device__ __forceinline__ void read_spot(const PackedArgs& a, const Spot& spot, int kv_head,
+                                          int end, bool value, int lane, float (&x)[8]) {
   const PackedLayout& l = a.layout;
   const bool own = lane * 8 < a.p.dim && spot.row >= 0;
-  if (own && spot.token < end) {
+  if (own && spot.token < end && spot.token >= a.packed.nuq.sinks) {
     const int t = spot.token % static_cast<int>(l.group);
     const float* levels = a.packed.levels;
-    if (value) {
+    if (a.packed.nuq.keys != nullptr && value) {
+      unpack_nuq_value(a.packed, l, spot.block, spot.id, spot.outliers[1], t, lane * 8, x);
+    } else if (a.packed.nuq.keys != nullptr) {
+      unpack_turned_key(a.packed, l, spot.block, kv_head, spot.outliers[0], t, spot.token, lane * 8,
+                        x);
+    } else if (value) {
       unpack_value(l, spot.block, t, lane * 8, levels + (1 << l.bits), x);
     } else {
       unpack_key(l, spot.block, t, lane * 8, levels, x);
@@ -66,8 +72,8 @@ __device__ __forceinline__ void read_spot(const PackedArgs& a, const Spot& spot,
 // As attend_with, token by token from where each is; the order of its sums is the same.
 template <typename T, int kLanes, int kSome>
 __device__ __forceinline__ void attend_spots(const PackedArgs& a, const float (&query)[kQueries][8],
-                                             const Spot* spots, const Ends& ends, int first,
-                                             int last, Partial& part) {
+                                             const Spot* spots, const Ends& ends, int kv_head,
+                                             int first, int last, Partial& part) {
   constexpr int kTeams = kThreads / kLanes, kMany = 2;  // more take longer to compile than to run
   const int lane = threadIdx.x % kLanes, team = threadIdx.x / kLanes;
 #pragma unroll 1
@@ -76,9 +82,9 @@ __device__ __forceinline__ void attend_spots(const PackedArgs& a, const float (&
 #pragma unroll
     for (int u = 0; u < kMany; ++u) {
       const int t = step + u * kTeams + team;
-      const Spot spot = t < last ? spots[t - first] : Spot{-1, nullptr, 0};
+      const Spot& spot = t < last ? spots[t - first] : Spot{-1, nullptr, 0, 0, {}};
       float x[8];
-      read_spot<T>(a, spot, ends.keys, false, lane, x);
+      read_spot<T>(a, spot, kv_head, ends.keys, false, lane, x);
 #pragma unroll
       for (int i = 0; i < kSome; ++i) score[u][i] = dot(query[i], x, 0.0f);
 #pragma unroll
@@ -110,15 +116,23 @@ __device__ __forceinline__ void attend_spots(const PackedArgs& a, const float (&
 #pragma unroll
     for (int u = 0; u < kMany; ++u) {
       const int t = step + u * kTeams + team;
-      const Spot spot = t < last ? spots[t - first] : Spot{-1, nullptr, 0};
+      const Spot& spot = t < last ? spots[t - first] : Spot{-1, nullptr, 0, 0, {}};
       float x[8];
-      read_spot<T>(a, spot, ends.values, true, lane, x);
+      read_spot<T>(a, spot, kv_head, ends.values, true, lane, x);
 #pragma unroll
       for (int i = 0; i < kSome; ++i) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) part.sum[i][e] = fmaf(score[u][i], x[e], part.sum[i][e]);
       }
     }
+  }
+}
+
+__device__ inline void find_outliers(const PackedArgs& a, int64_t kv_head, Spot& spot) {
+  const int t = spot.token % static_cast<int>(a.layout.group), dim = static_cast<int>(a.p.dim);
+  for (int of = 0; of < 2; ++of) {
+    const int64_t column = kv_head + of * a.p.kv_heads;
+    spot.outliers[of] = outliers_of(a.packed, dim, a.p.kv_heads, spot.id, column, t, a.fault);
   }
 }
 
@@ -146,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (threadIdx.x == 0) {
     list = head;
     slot = r * a.heads + unit * a.queries + tile * kQueries;
-    const int step = static_cast<int>(a.layout.group);
+    const int step = a.packed.nuq.keys == nullptr ? static_cast<int>(a.layout.group) : 1;
     ends = {packed_end(a.packed, a.packed.keys, r, length, step, Fault::kKeys, a.fault),
             packed_end(a.packed, a.packed.values, r, length, 1, Fault::kValues, a.fault)};
   }
@@ -172,24 +186,29 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int last = end - first < kLooked ? end : first + kLooked;
     __syncthreads();  // the spots of the last window are not needed any more
     for (int t = first + threadIdx.x; t < last; t += kThreads) {
-      Spot spot{-1, nullptr, 0};
+      Spot spot{-1, nullptr, 0, 0, {}};
       int page, at;
       if (find(p, list, t, a.fault, page, at)) {
         spot.row = row_of(p, r, kv_head, page, at, a.fault);
         spot.token = page * static_cast<int>(p.page_size) + at;
         if (spot.token < packed) {
           const int block = spot.token / static_cast<int>(a.layout.group);
-          spot.block = block_of(a.packed, a.layout, p.kv_heads, r, block, kv_head, a.fault);
-          if (spot.block == nullptr) spot.row = -1;
+          spot.id = block_of(a.packed, r, block, a.fault);
+          if (spot.id < 0) {
+            spot.row = -1;
+          } else {
+            spot.block = data_of(a.packed, a.layout, p.kv_heads, kv_head, spot.id);
+            if (a.packed.nuq.keys != nullptr) find_outliers(a, kv_head, spot);
+          }
         }
       }
       spots[t - first] = spot;
     }
     __syncthreads();
     if (some == 1) {
-      attend_spots<T, kLanes, 1>(a, query, spots, ends, first, last, part);
+      attend_spots<T, kLanes, 1>(a, query, spots, ends, kv_head, first, last, part);
     } else {
-      attend_spots<T, kLanes, kQueries>(a, query, spots, ends, first, last, part);
+      attend_spots<T, kLanes, kQueries>(a, query, spots, ends, kv_head, first, last, part);
     }
   }
 

@@ -29,6 +29,7 @@ enum class Fault : int {
   kBlocks = 9,     // packed.table[at, column] is no block
   kKeys = 10,      // packed.keys[at] is no whole group of the row's tokens
   kValues = 11,    // packed.values[at] is beyond the row's tokens
+  kOutliers = 12,  // from packed.nuq.starts[at, column] on, no outliers can lie
 };
 constexpr int64_t kNoFault = INT64_MAX;
 

@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(kThreads, 8) pack_kernel(const __grid_constant
   const int from = a.values[row] - start, to = values - start;
   const int first = from > 0 ? from : 0, last = to < group ? to : group;
   if (!whole && first >= last) return;
-  uint8_t* block = block_of(a.packed, l, a.p.kv_heads, row, number, kv_head, a.fault);
-  if (block == nullptr) return;
+  const int id = block_of(a.packed, row, number, a.fault);
+  if (id < 0) return;
+  uint8_t* block = data_of(a.packed, l, a.p.kv_heads, kv_head, id);
 
   const int dim = static_cast<int>(l.dim), width = static_cast<int>(l.width);
   for (int c = threadIdx.x; whole && c < dim; c += kThreads) {

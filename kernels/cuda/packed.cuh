@@ -13,21 +13,26 @@ namespace cuda {
 __device__ inline int packed_end(const Packed& packed, const int32_t* ends, int64_t row, int length,
                                  int step, Fault code, int64_t* fault) {
   const int end = ends[row];
-  const int64_t room = packed.row_blocks * packed.group;
+  int64_t room = packed.row_blocks * packed.group;
+  if (packed.nuq.keys != nullptr && packed.nuq.positions < room) room = packed.nuq.positions;
   const int most = static_cast<int>(length < room ? length : room);
   if (end >= 0 && end <= most && end % step == 0) return end;
   if (threadIdx.x == 0) raise(fault, code, row, 0);
   return 0;
 }
 
-// A block of a row, nullptr where its table names none.
-__device__ __forceinline__ uint8_t* block_of(const Packed& packed, const PackedLayout& l,
-                                             int64_t kv_heads, int64_t row, int64_t number,
-                                             int64_t kv_head, int64_t* fault) {
+// The number of a row's block, -1 where its table names none.
+__device__ __forceinline__ int block_of(const Packed& packed, int64_t row, int64_t number,
+                                        int64_t* fault) {
   const int id = packed.table[row * packed.row_blocks + number];
-  if (id >= 0 && id < packed.blocks) return packed.data + (id * kv_heads + kv_head) * l.bytes;
+  if (id >= 0 && id < packed.blocks) return id;
   raise(fault, Fault::kBlocks, row, number);
-  return nullptr;
+  return -1;
+}
+
+__device__ __forceinline__ uint8_t* data_of(const Packed& packed, const PackedLayout& l,
+                                            int64_t kv_heads, int64_t kv_head, int64_t id) {
+  return packed.data + (id * kv_heads + kv_head) * l.bytes;
 }
 
 __device__ __forceinline__ float half_at(const uint8_t* at) {
@@ -69,16 +74,14 @@ __device__ __forceinline__ void unpack_key(const PackedLayout& l, const uint8_t*
   }
 }
 
-// The same of its value.
-__device__ __forceinline__ void unpack_value(const PackedLayout& l, const uint8_t* block, int t,
-                                             int c, const float* levels, float (&x)[8]) {
+// Channels [c, c + 8) of its value, by the scale and the minimum of their group.
+__device__ __forceinline__ void value_codes(const PackedLayout& l, const uint8_t* block, int t,
+                                            int c, const float* levels, float scale, float minimum,
+                                            float (&x)[8]) {
   const uint8_t* tile = block + l.value_codes + t / 16 * l.tile_bytes;
   const int vector = c / 16 * 8 + t % 16 / 2, at = c % 16 * 4 + t % 2 * 2;
   const int bits = l.bits == 3 ? 2 : l.bits;
   const uint8_t* low = strip_of(tile, vector, bits) + at;
-  const int number = c / static_cast<int>(l.width) * static_cast<int>(l.group) + t;
-  const float scale = half_at(block + l.value_scales + 2 * number);
-  const float minimum = half_at(block + l.value_minima + 2 * number);
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     uint32_t code = part_of(*reinterpret_cast<const uint16_t*>(low + 4 * e), vector, bits);
@@ -88,6 +91,14 @@ __device__ __forceinline__ void unpack_value(const PackedLayout& l, const uint8_
     }
     x[e] = fmaf(levels[code], scale, minimum);
   }
+}
+
+// The same where the block holds scale and minimum.
+__device__ __forceinline__ void unpack_value(const PackedLayout& l, const uint8_t* block, int t,
+                                             int c, const float* levels, float (&x)[8]) {
+  const int number = c / static_cast<int>(l.width) * static_cast<int>(l.group) + t;
+  value_codes(l, block, t, c, levels, half_at(block + l.value_scales + 2 * number),
+              half_at(block + l.value_minima + 2 * number), x);
 }
 
 }  // namespace cuda

@@ -30,6 +30,7 @@ from quest_dist.methods.method import EVERYTHING, Method, Selection, View
 from quest_dist.methods.rotation import Rotation
 from quest_dist.methods.traffic import CacheShape
 from quest_dist.nuq import BITS, Codebook
+from quest_dist.packed import GPU_STEP
 from quest_dist.packing import TILE, Layout, Nuq, Packed
 from quest_dist.reference import Attended
 
@@ -83,6 +84,10 @@ class KVQuant(Method):
         super().check_backend(device, dtype, head_dim)
         if head_dim is not None:
             Layout(self.bits, TILE, head_dim, nuq=True)
+            if device.startswith("cuda") and head_dim % GPU_STEP:
+                raise ValueError(
+                    f"a head of {head_dim} channels: a GPU takes multiples of {GPU_STEP}"
+                )
 
     def select(self, view: View, q: Tensor) -> Selection:
         """Everything."""
