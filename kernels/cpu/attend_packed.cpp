@@ -1,104 +1,23 @@
-// Attention over packed tokens where they are packed, and over the pool's where they are not.
-//
-// A list's tokens become tiles of kBlock tokens with a bit for each that is listed, in list order.
-// kSplit tiles are a split, kChunk of them a chunk, counted in list positions: equal lists give
-// equal bits, whatever the batch, the threads and the spelling of the list. Tiles that are packed
-// whole go chunk by chunk where the instruction set has a fast path; others are widened to fp32,
-// token by token from where each lies, and go through attend_block. Rows of which nothing is packed
-// are attend's, bit for bit.
+// Attention over packed tokens where they are packed, and over the pool's where they are not: the
+// splits of every list, and their merge. Rows of which nothing is packed are attend's, bit for bit.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 
-#include "lists.h"
-#include "packed.h"
+#include "packed_job.h"
 #include "threads.h"
 
 namespace quest {
 namespace cpu {
+namespace packed_attention {
 namespace {
 
 constexpr int64_t kSplit = 64;  // tiles
 constexpr int64_t kRowsOfTask = 64;
 static_assert(kSplit % kChunk == 0, "a split holds whole chunks");
 
-// Tokens of one tile of a row.
-struct Tile {
-  const uint8_t* block;  // of kv head 0; nullptr: nothing here is packed
-  int32_t number;        // in the row
-  int32_t within;        // in its block
-  uint16_t listed;
-  bool whole;  // every listed key and value is packed
-};
-
-struct Job {
-  const Pages& p;
-  const Packed& packed;
-  const PackedLayout layout;
-  const int32_t* lengths;
-  const Selection& selection;
-  int64_t heads, group;
-  float scale;
-  const Attended& result;
-  const float* q;                        // [R, H, D]
-  std::vector<std::vector<Tile>> tiles;  // of each row's lists
-  int64_t splits;                        // of the longest list
-  float* state;                          // [R, splits, H, record], as in attend.cpp
-  int64_t record;
-  void (*fast)(const PackedChunk&);
-  const float *turn_cos, *turn_sin;  // of NuqChunk
-
-  int64_t lists() const { return selection.index == nullptr ? 1 : selection.lists; }
-  const std::vector<Tile>& of(int64_t row, int64_t list) const {
-    return tiles[static_cast<size_t>(row * lists() + list)];
-  }
-  float* of(int64_t row, int64_t split, int64_t head) const {
-    return state + ((row * splits + split) * heads + head) * record;
-  }
-};
-
 bool anything_packed(const Packed& packed, int64_t row) {
   return packed.keys[row] > 0 || packed.values[row] > 0;
-}
-
-// The tiles of tokens [first, last) go behind those that are there.
-void add_run(const Job& job, int64_t row, int64_t first, int64_t last, std::vector<Tile>& tiles) {
-  const int64_t some = std::max(job.packed.keys[row], job.packed.values[row]);
-  const int64_t both = std::min(job.packed.keys[row], job.packed.values[row]);
-  while (first < last) {
-    const int64_t number = first / kBlock, end = std::min(last, (number + 1) * kBlock);
-    const uint32_t upto = (1u << (end - number * kBlock)) - 1u;
-    const auto listed = static_cast<uint16_t>(upto & ~((1u << first % kBlock) - 1u));
-    const bool whole = first >= job.packed.nuq.sinks && end <= both;
-    if (!tiles.empty() && tiles.back().number == number) {
-      tiles.back().listed = static_cast<uint16_t>(tiles.back().listed | listed);
-      tiles.back().whole = tiles.back().whole && whole;
-    } else {
-      const uint8_t* block = nullptr;
-      if (number * kBlock < some) {
-        block = packed_block(job.packed, job.layout, "attend_packed", job.p.kv_heads, row,
-                             number * kBlock / job.layout.group);
-      }
-      const int64_t within = number % (job.layout.group / kBlock);
-      tiles.push_back(
-          {block, static_cast<int32_t>(number), static_cast<int32_t>(within), listed, whole});
-    }
-    first = end;
-  }
-}
-
-void make_tiles(const Job& job, int64_t row, int64_t list, std::vector<Tile>& tiles) {
-  const Selection& s = job.selection;
-  const int64_t length = job.lengths[row], at = row * s.lists + list;
-  if (s.index == nullptr || s.count[at] < 0) {
-    add_run(job, row, 0, length, tiles);
-    return;
-  }
-  const int64_t size = s.unit == Unit::kPages ? job.p.page_size : 1;
-  for (int64_t i = 0; i < s.count[at]; ++i) {
-    const int64_t first = s.index[at * s.width + i] * size;
-    add_run(job, row, first, std::min(first + size, length), tiles);
-  }
 }
 
 // Splits of the lists of rows [row, row + rows) for kv heads [kv_head, + kv_heads): all query heads
@@ -106,168 +25,6 @@ void make_tiles(const Job& job, int64_t row, int64_t list, std::vector<Tile>& ti
 struct Task {
   int64_t row, rows, kv_head, kv_heads, query_head, list, split;
 };
-
-// The packed keys (of = 0) or values (1) of a tile, widened.
-void widen_tile(const Job& job, const Tile& tile, int64_t kv_head, int of, float* wide) {
-  const PackedLayout& l = job.layout;
-  const uint8_t* block = tile.block + kv_head * l.bytes;
-  const float* levels = job.packed.levels + of * (int64_t{1} << l.bits);
-  const Nuq& nuq = job.packed.nuq;
-  if (nuq.keys == nullptr) {
-    current_isa().unpack(l, block, tile.within, levels, of == 1, wide);
-    return;
-  }
-  const int64_t heads = job.p.kv_heads, id = (tile.block - job.packed.data) / (heads * l.bytes);
-  const int64_t first = static_cast<int64_t>(tile.number) * kBlock, half = l.dim / 2;
-  NuqTile one{};
-  one.block = block;
-  one.levels = levels;
-  one.outliers = outliers_of(job.packed, l, "attend_packed", heads, id, kv_head, of, &one.count);
-  if (of == 1) {
-    one.value_norms = nuq.values + id * 2 * kBlock;
-  } else {
-    one.key_scale = nuq.keys + kv_head * 2 * l.dim;
-    one.key_offset = one.key_scale + l.dim;
-    one.cos = nuq.cos + first * half;
-    one.sin = nuq.sin + first * half;
-    one.tokens = std::min<int64_t>(kBlock, nuq.positions - first);
-  }
-  current_isa().unpack_nuq(l, one, wide);
-}
-
-// Some query heads of one row over one tile, whose tokens are widened first.
-void attend_tile(const Job& job, const Tile& tile, int64_t row, int64_t kv_head, int64_t head,
-                 int64_t heads, float* state) {
-  const Pages& p = job.p;
-  const PackedLayout& l = job.layout;
-  static thread_local std::vector<float> space;
-  float* wide = scratch(space, 2 * kBlock * l.dim);
-  const int64_t first = static_cast<int64_t>(tile.number) * kBlock;
-  const int32_t ends[2] = {job.packed.keys[row], job.packed.values[row]};
-  for (int of = 0; of < 2; ++of) {
-    if (tile.block == nullptr || ends[of] <= first) continue;
-    widen_tile(job, tile, kv_head, of, wide + of * kBlock * l.dim);
-  }
-  int64_t rows[kBlock];
-  int n = 0;
-  for (int64_t t = 0; t < kBlock; ++t) {
-    if ((tile.listed >> t & 1) == 0) continue;
-    rows[n++] = t;
-    for (int of = 0; of < 2; ++of) {
-      const int64_t token = first + t;
-      if (token < ends[of] && token >= job.packed.nuq.sinks) continue;
-      const int64_t page = physical(p, "attend_packed", row, token / p.page_size);
-      const int64_t at = key_row(p, page, kv_head) + token % p.page_size + of * p.page_size;
-      widen_to(wide + (of * kBlock + t) * l.dim, p.kv, p.dtype, at * p.dim, p.dim);
-    }
-  }
-  const AttendBlock one{job.q + (row * job.heads + head) * l.dim,
-                        nullptr,
-                        0,
-                        heads,
-                        l.dim,
-                        wide,
-                        rows,
-                        kBlock,
-                        n,
-                        job.scale,
-                        job.record,
-                        state + l.dim,
-                        state + l.dim + 1,
-                        state,
-                        nullptr,
-                        0,
-                        nullptr,
-                        nullptr};
-  current_isa().attend_block[static_cast<int>(DType::kFloat32)](one);
-}
-
-// Asks for outliers from `number` of starts on, two lines of them.
-void ask_outliers(const Nuq& nuq, int64_t number) {
-  const int64_t first = nuq.starts[number];
-  if (first < 0 || first + 32 > nuq.outlier_count) return;
-  __builtin_prefetch(nuq.outliers + 2 * first);
-  __builtin_prefetch(nuq.outliers + 2 * first + 32);
-}
-
-// A tile of KVQuant's codes becomes the `at`-th of a chunk; `later` is read next in its place, for
-// kv head `next_head`, or nullptr.
-void put_nuq(const Job& job, const Tile& tile, int64_t kv_head, const Tile* later,
-             int64_t next_head, int at, PackedChunk& chunk, NuqChunk& to) {
-  const PackedLayout& l = job.layout;
-  const Nuq& nuq = job.packed.nuq;
-  const int64_t heads = job.p.kv_heads, id = (tile.block - job.packed.data) / (heads * l.bytes);
-  const int64_t first = static_cast<int64_t>(tile.number / 2) * kTurned * (l.dim / 2);
-  const auto* norms = reinterpret_cast<const uint8_t*>(nuq.values + id * 2 * kBlock);
-  chunk.value_minima[at] = norms;
-  chunk.value_scales[at] = norms + 2 * kBlock;
-  chunk.nuq = &to;
-  to.key_scale = nuq.keys + kv_head * 2 * l.dim;
-  to.key_offset = to.key_scale + l.dim;
-  to.turn_cos = job.turn_cos;
-  to.turn_sin = job.turn_sin;
-  to.odd[at] = tile.number % 2;
-  to.cos[at] = nuq.cos + first;
-  to.sin[at] = nuq.sin + first;
-  for (int of = 0; of < 2; ++of) {
-    to.outliers[of][at] =
-        outliers_of(job.packed, l, "attend_packed", heads, id, kv_head, of, &to.count[of][at]);
-    if (later != nullptr) {
-      const int64_t next = (later->block - job.packed.data) / (heads * l.bytes);
-      ask_outliers(nuq, next * (2 * heads + 1) + of * heads + next_head);
-    }
-  }
-}
-
-// Tiles [first, last) of one list; `jump` bytes behind each block lies the one that is read next,
-// 0: the block of the tile kChunk further on, for kv head `next_head`; < 0: not to be asked for.
-void attend_tiles(const Job& job, const std::vector<Tile>& tiles, int64_t first, int64_t last,
-                  int64_t row, int64_t kv_head, int64_t head, int64_t heads, float* state,
-                  int64_t jump, int64_t next_head) {
-  const PackedLayout& l = job.layout;
-  for (int64_t i = first; i < last;) {
-    const Tile& tile = tiles[static_cast<size_t>(i)];
-    if (job.fast == nullptr || !tile.whole) {
-      attend_tile(job, tile, row, kv_head, head, heads, state);
-      ++i;
-      continue;
-    }
-    PackedChunk chunk{};
-    NuqChunk nuq{};
-    for (; i < last && tiles[static_cast<size_t>(i)].whole; ++i, ++chunk.tiles) {
-      const Tile& one = tiles[static_cast<size_t>(i)];
-      const int at = chunk.tiles;
-      chunk.block[at] = one.block + kv_head * l.bytes;
-      chunk.tile[at] = one.within;
-      chunk.listed[at] = one.listed;
-      const size_t later = static_cast<size_t>(i + kChunk);
-      const bool follows = jump == 0 && later < tiles.size() && tiles[later].whole;
-      if (job.packed.nuq.keys != nullptr) {
-        const Tile* next = jump > 0 ? &one : follows ? &tiles[later] : nullptr;
-        put_nuq(job, one, kv_head, next, jump > 0 ? kv_head + 1 : next_head, at, chunk, nuq);
-      } else {
-        const int64_t values = 2 * one.within * kBlock;
-        chunk.value_scales[at] = chunk.block[at] + l.value_scales + values;
-        chunk.value_minima[at] = chunk.block[at] + l.value_minima + values;
-      }
-      if (jump > 0) chunk.next[at] = chunk.block[at] + jump;
-      if (follows) {
-        chunk.next[at] = tiles[later].block + next_head * l.bytes +
-                         (tiles[later].within - one.within) * l.tile_bytes;
-      }
-    }
-    chunk.layout = &l;
-    chunk.levels = job.packed.levels;
-    chunk.q = job.q + (row * job.heads + head) * l.dim;
-    chunk.heads = heads;
-    chunk.scale = job.scale;
-    chunk.stride = job.record;
-    chunk.maximum = state + l.dim;
-    chunk.total = state + l.dim + 1;
-    chunk.sum = state;
-    job.fast(chunk);
-  }
-}
 
 void run(const Job& job, const Task& t) {
   const int64_t from = t.split * kSplit, heads = t.query_head < 0 ? job.group : 1;
@@ -393,10 +150,12 @@ void attend_unpacked(const Job& job, const void* q, int64_t row, int threads) {
 }
 
 }  // namespace
+}  // namespace packed_attention
 
 void attend_packed(const Pages& p, const Packed& packed, const void* q, int64_t heads,
                    const int32_t* lengths, const Selection& selection, float scale,
                    const Attended& result, int threads) {
+  using namespace packed_attention;
   check_lengths(p, "attend_packed", lengths);
   check_packed(packed, "attend_packed", p.rows, 0, lengths);
   check_counts(p, selection);
@@ -415,6 +174,7 @@ void attend_packed(const Pages& p, const Packed& packed, const void* q, int64_t 
           heads / p.kv_heads,
           scale,
           result,
+          q,
           wide,
           {},
           0,

@@ -3,7 +3,7 @@
 #include "inner.h"
 #include "block.h"
 #include "int4.h"
-#include "packed_block.h"
+#include "packed_block_avx512.h"
 #include "largest_avx512.h"
 // clang-format on
 
@@ -27,8 +27,8 @@ const Isa kAvx512 = {
     probabilities,
     largest,
     nullptr,
-    unpack,
-    unpack_nuq,
+    unpack_sixteens,
+    unpack_nuq_sixteens,
     nullptr,
 };
 

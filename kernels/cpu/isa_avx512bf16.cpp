@@ -8,6 +8,7 @@
 #include "largest_avx512.h"
 #include "pairs_avx512bf16.h"
 #include "prefill_avx512bf16.h"
+#include "packed_block_avx512.h"
 #include "packed_avx512bf16.h"
 // clang-format on
 
@@ -31,8 +32,8 @@ const Isa kAvx512Bf16 = {
     probabilities,
     largest,
     prefill,
-    unpack,
-    unpack_nuq,
+    unpack_sixteens,
+    unpack_nuq_sixteens,
     packed_chunk,
 };
 

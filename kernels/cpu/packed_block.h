@@ -71,6 +71,27 @@ void unpack(const PackedLayout& l, const uint8_t* block, int64_t number, const f
   }
 }
 
+inline void add_outliers(const quest::cpu::NuqTile& tile, float* out) {
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const uint16_t* outlier = tile.outliers + 2 * i;
+    out[outlier[0]] += from_half(reinterpret_cast<const uint8_t*>(outlier + 1));
+  }
+}
+
+// Turns keys to their positions.
+inline void turn(const quest::cpu::NuqTile& tile, int64_t dim, float* out) {
+  const int64_t half = dim / 2;
+  for (int64_t t = 0; t < tile.tokens; ++t) {
+    float *first = out + t * dim, *second = first + half;
+    const float *cos = tile.cos + t * half, *sin = tile.sin + t * half;
+    for (int64_t c = 0; c < half; ++c) {
+      const float a = first[c], b = second[c];
+      first[c] = a * cos[c] - b * sin[c];
+      second[c] = b * cos[c] + a * sin[c];
+    }
+  }
+}
+
 void unpack_nuq(const PackedLayout& l, const quest::cpu::NuqTile& tile, float* out) {
   const bool values = tile.key_scale == nullptr;
   const uint8_t* codes_of = tile.block + (values ? l.value_codes : l.key_codes);
@@ -102,20 +123,8 @@ void unpack_nuq(const PackedLayout& l, const quest::cpu::NuqTile& tile, float* o
       }
     }
   }
-  for (int64_t i = 0; i < tile.count; ++i) {
-    const uint16_t* outlier = tile.outliers + 2 * i;
-    out[outlier[0]] += from_half(reinterpret_cast<const uint8_t*>(outlier + 1));
-  }
-  if (values) return;
-  for (int64_t t = 0; t < tile.tokens; ++t) {
-    float *first = out + t * l.dim, *second = first + half;
-    const float *cos = tile.cos + t * half, *sin = tile.sin + t * half;
-    for (int64_t c = 0; c < half; ++c) {
-      const float a = first[c], b = second[c];
-      first[c] = a * cos[c] - b * sin[c];
-      second[c] = b * cos[c] + a * sin[c];
-    }
-  }
+  add_outliers(tile, out);
+  if (!values) turn(tile, l.dim, out);
 }
 
 }  // namespace
