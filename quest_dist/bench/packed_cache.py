@@ -1,8 +1,9 @@
-"""Attention over a cache that KIVI packs, against our own dense attention over bf16.
+"""Attention over a cache that KIVI or KVQuant packs, against our own dense attention over bf16.
 
-One row, one decode step: all keys and values but the youngest RESIDUAL are read from packed blocks,
-these from the pool. Layers rotate, of the pool and of each packing; every result is checked against
-the reference on one kv head before it is timed. A side's bytes are those that it must read.
+One row, one decode step. KIVI's keys and values are read from packed blocks but for the youngest
+RESIDUAL, these from the pool; KVQuant's all but the sink. Layers rotate, of the pool and of each
+packing; every result is checked against the reference, on one kv head or a shorter context, before
+it is timed. A side's bytes are those that it must read.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import argparse
 import torch
 
 from quest_dist import attention_sides as sides
-from quest_dist import ops, reference_packed, timing
+from quest_dist import nuq, on_cpu, ops, reference_packed, timing
 from quest_dist.attention_sides import Cache
+from quest_dist.bench import packed_nuq
 from quest_dist.bench.packed_part import Part, table
 from quest_dist.packing import Layout, Packed, uniform
 from quest_dist.places import Place
@@ -21,9 +23,9 @@ from quest_dist.shapes import DTYPES, PAGE_SIZE, SHAPES, Point, parsed_sizes
 from quest_dist.timing import READ, REUSE, Rotation, Side
 
 GROUP, RESIDUAL = 32, 128
-#: Bits of a code -> its figure's target.
+#: Bits of KIVI's codes -> its figure's target.
 TARGETS = {4: "<= 0.45", 2: "<= 0.35"}
-NAME = "kivi{}_vs_dense"
+NAME = "{}_vs_dense"
 
 
 def measured(options: argparse.Namespace, place: Place) -> Part:
@@ -38,38 +40,59 @@ def measured(options: argparse.Namespace, place: Place) -> Part:
     cache = sides.filled(point, buffers, dtype)
     sides.check_dense(cache)
     chosen = [sides.read(READ * place.cache), sides.dense(cache, Rotation(cache.layers))]
-    chosen += [_side(cache, bits, distance) for bits in TARGETS]
+    kivi = {f"kivi-{bits}": _packed(cache, bits) for bits in TARGETS}
+    kvquant = {f"kvquant-{bits}": packed_nuq.packed(cache, bits) for bits in reversed(nuq.BITS)}
+    for name, packed in kivi.items():
+        _check(cache, packed)
+        chosen.append(_side(cache, name, packed, _bytes(cache, packed), distance))
+    token = point.shape.token_bytes(dtype)
+    for name, packed in kvquant.items():
+        packed_nuq.check(cache, packed)
+        moved = packed_nuq.bytes_read(packed, token)
+        chosen.append(_side(cache, name, packed, moved, distance))
     times = timing.measure(chosen, options.seconds)
     summary = {
-        NAME.format(bits): timing.paired(times.us(f"kivi-{bits}"), times.us("dense"))
-        for bits in TARGETS
+        NAME.format(name.replace("-", "")): timing.paired(times.us(name), times.us("dense"))
+        for name in (*kivi, *kvquant)
     }
-    targets = {NAME.format(bits): target for bits, target in TARGETS.items()}
-    setting = {"group": GROUP, "residual": RESIDUAL, "page_size": PAGE_SIZE, "layers": buffers}
+    targets = {NAME.format(f"kivi{bits}"): target for bits, target in TARGETS.items()}
+    setting = {
+        "kivi": {"group": GROUP, "residual": RESIDUAL},
+        "kvquant": {"outliers": packed_nuq.OUTLIERS, "sinks": packed_nuq.SINKS},
+        "page_size": PAGE_SIZE,
+        "layers": buffers,
+    }
     return Part(table(f"cache, {point}", times, "dense"), summary, setting, targets)
 
 
-def _side(cache: Cache, bits: int, distance: int) -> Side:
-    first = _packed(cache, bits)
-    _check(cache, first)
-    shape = cache.point.shape
-    packed = int(first.keys[0] + first.values[0])
-    rest = 2 * cache.point.context - packed
-    blocks = packed // (2 * GROUP) * shape.kv_heads * first.blocks.shape[2]
-    moved = blocks + rest * shape.token_bytes(cache.q.dtype) // 2
+def _bytes(cache: Cache, packed: Packed) -> int:
+    """What KIVI must read: blocks of keys and values, and the rest from the pool."""
+    shape, ends = cache.point.shape, int(packed.keys[0] + packed.values[0])
+    blocks = ends // (2 * GROUP) * shape.kv_heads * packed.blocks.shape[2]
+    return blocks + (2 * cache.point.context - ends) * shape.token_bytes(cache.q.dtype) // 2
+
+
+def _side(cache: Cache, name: str, first: Packed, moved: int, distance: int) -> Side:
     count = timing.buffers_needed([(moved, True)], distance)
-    layout = Layout(bits, GROUP, shape.head_dim)
-    layers = [first]
-    for _ in range(count - 1):
-        copy = ops.allocate_blocks(first.blocks.shape[0], shape.kv_heads, layout)
-        layers.append(first._replace(blocks=copy.copy_(first.blocks)))
+    layers = [first, *(_copied(first) for _ in range(count - 1))]
 
     def attend(layer: int) -> None:
         number = layer % cache.layers
         place = (cache.kv[number], layers[layer], cache.table, cache.lengths)
         ops.attend_packed(cache.q[number], *place)
 
-    return Side(f"kivi-{bits}", {"attend": attend}, (moved,), Rotation(count))
+    return Side(name, {"attend": attend}, (moved,), Rotation(count))
+
+
+def _copied(packed: Packed) -> Packed:
+    """Another layer of the same content, with a place of its own for all that grows with it."""
+    blocks = torch.empty_like(packed.blocks)
+    on_cpu.prefer_huge_pages(blocks)
+    copy = packed._replace(blocks=blocks.copy_(packed.blocks))
+    if packed.nuq is None:
+        return copy
+    parts = {name: getattr(packed.nuq, name).clone() for name in ("values", "starts", "outliers")}
+    return copy._replace(nuq=packed.nuq._replace(**parts))
 
 
 def _packed(cache: Cache, bits: int) -> Packed:
