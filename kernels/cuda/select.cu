@@ -20,6 +20,14 @@ struct SelectArgs {
   int64_t* fault;
 };
 
+// All of a list's keys, made of its scores at each look.
+struct AllKeys {
+  static constexpr int kWindow = 0x7fffffff;
+  const float* scores;
+  __device__ __forceinline__ void hold(int) const {}
+  __device__ __forceinline__ unsigned operator()(int i) const { return ordered(scores[i]); }
+};
+
 __global__ void __launch_bounds__(kBlock, 1)
     select_top_kernel(const __grid_constant__ SelectArgs a) {
   __shared__ Selecting<kBlock, kBits> s;
@@ -41,9 +49,9 @@ __global__ void __launch_bounds__(kBlock, 1)
   int32_t* index = a.index + task * a.width;
 
   if (wanted > 0) {
-    const auto key = [&](int i) { return ordered(scores[i]); };
-    const Threshold t = threshold(key, competing, wanted, s);
-    ascending(key, competing, t, s, [&](int position, int i) { index[position] = i; });
+    AllKeys keys{scores};
+    const Threshold t = threshold(keys, competing, wanted, s);
+    ascending(keys, competing, t, s, [&](int position, int i) { index[position] = i; });
   }
   if (threadIdx.x == 0) {
     a.count[task] = all ? -1 : kept;
