@@ -51,6 +51,15 @@ struct Shared {
 };
 __shared__ __align__(16) Shared s;
 
+// Fills s.keys with those of scores [first, count), as many as it holds.
+__device__ __noinline__ void hold_keys(const float* scores, int first, int count) {
+  __syncthreads();  // what was held is not needed any more
+  const int size = count - first < kHeld ? count - first : kHeld;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < size; i += kThreads) s.keys[i] = ordered(__ldcg(scores + first + i));
+  __syncthreads();
+}
+
 // The keys of a list's scores, a window at a time in shared memory: the usual list has one.
 struct Keys {
   static constexpr int kWindow = kHeld;
@@ -59,15 +68,8 @@ struct Keys {
   int held;  // first key of the window in shared memory, -1: it is none of this list
 
   __device__ __forceinline__ void hold(int first) {
-    if (first == held) return;
+    if (first != held) hold_keys(scores, first, count);
     held = first;
-    __syncthreads();  // what was held is not needed any more
-    const int size = count - first < kHeld ? count - first : kHeld;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < size; i += kThreads) {
-      s.keys[i] = ordered(__ldcg(scores + first + i));
-    }
-    __syncthreads();
   }
   __device__ __forceinline__ unsigned operator()(int i) const { return s.keys[i]; }
 };
@@ -105,13 +107,18 @@ __device__ __noinline__ void count_read(const AttendArgs& a) {
   wait_for_earlier();
   let_next_start();
   int many = 0;  // closed pages that this thread counted
+  constexpr int kWords = kNamed / 32;
+#pragma unroll 1
   for (int first = 0; first < rule.last && rule.wanted > 0; first += kNamed) {
-    for (int w = threadIdx.x; w < kNamed / 32; w += kThreads) s.named[w] = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; w += kThreads) s.named[w + threadIdx.x] = 0;
+#pragma unroll 1
     for (int64_t g = 0; g < a.group; ++g) {
       const float* scores = a.scores + (at * a.group + g) * a.p.row_pages;
       list_winners(scores, rule.last, choose(scores, rule.last, rule.wanted), first, true);
     }
-    for (int w = threadIdx.x; w < kNamed / 32; w += kThreads) many += __popc(s.named[w]);
+#pragma unroll
+    for (int w = 0; w < kWords; w += kThreads) many += __popc(s.named[w + threadIdx.x]);
     if (rule.last - first <= kNamed) break;  // first += kNamed could overflow
     __syncthreads();
   }
@@ -185,7 +192,10 @@ __global__ void __launch_bounds__(kThreads, 3)
       first_held = first / size;
       list_winners(scores, rule.last, best, first_held, false);
     }
-    for (int t = first + threadIdx.x; t < last; t += kThreads) {
+#pragma unroll
+    for (int at = 0; at < kWindow; at += kThreads) {
+      const int t = first + at + static_cast<int>(threadIdx.x);
+      if (t >= last) break;
       const int item = t / size;
       int page = item;
       if (rule.kept > 0) page = item < rule.wanted ? s.items[item - first_held] : rule.last;

@@ -53,11 +53,15 @@ struct Threshold {
 template <int kBlock, int kBits, typename Keys>
 __device__ __forceinline__ Threshold threshold(Keys& keys, int count, int wanted,
                                                Selecting<kBlock, kBits>& s) {
+  constexpr int kBins = 1 << kBits, kOwn = kBins / kBlock;  // kOwn: of a thread
   unsigned prefix = 0;
   int left = 32;  // bits of a key that are not known yet
+#pragma unroll 1
   while (left > 0) {
-    const int bits = left < kBits ? left : kBits, bins = 1 << bits, shift = left - bits;
-    for (int b = threadIdx.x; b < bins; b += kBlock) s.bins[b] = 0;
+    const int bits = 32 % kBits == 0 || left > kBits ? kBits : left;
+    const int bins = 1 << bits, shift = left - bits;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) s.bins[threadIdx.x + j * kBlock] = 0;
     __syncthreads();
     for (int first = 0;; first += Keys::kWindow) {
       keys.hold(first);
@@ -80,10 +84,12 @@ __device__ __forceinline__ Threshold threshold(Keys& keys, int count, int wanted
     // Thread t looks at neighbouring bins, the largest keys first.
     const int own = bins / kBlock, top = bins - 1 - static_cast<int>(threadIdx.x) * own;
     int sum = 0;
-    for (int j = 0; j < own; ++j) sum += s.bins[top - j];
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) sum += j < own ? s.bins[top - j] : 0;
     int above = sum_before(sum, s);
-    for (int j = 0; j < own; ++j) {
-      const int here = s.bins[top - j];
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const int here = j < own ? s.bins[top - j] : 0;
       if (above < wanted && above + here >= wanted) {  // true for exactly one bin
         s.digit = static_cast<unsigned>(top - j);
         s.above = above;
