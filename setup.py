@@ -44,7 +44,8 @@ ISA_FLAGS = {
     "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 # Of single files; those that only hand arguments on take long to optimise, and gain nothing.
-FILE_FLAGS = {**ISA_FLAGS, "bind.cpp": ["-O1"], "bind_cuda.cpp": ["-O1"]}
+HANDS_ON = ["-O1", "-g0"]
+FILE_FLAGS = {**ISA_FLAGS, "bind.cpp": HANDS_ON, "bind_cuda.cpp": HANDS_ON}
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 # Files that take seconds, the longest first, so that the last ones to be compiled are short.
 SLOWEST = [
@@ -75,7 +76,7 @@ OLDEST_ARCH, CHAINING_ARCH, CHAINING = 80, 90, '#include "chain.cuh"'
 CUDA_BUILD = Path("build") / "cuda"
 CUDA_FLAGS = [
     "-std=c++17",
-    "-O3",
+    "-O1",  # of the host's code, which launches; nvcc optimises kernels fully in any case
     "-lineinfo",
     "--fmad=false",  # products are fused where the source says so: see kernels/cuda/rows.cuh
     "--compress-mode=balance",  # "size" takes as long as a tenth of all compiling

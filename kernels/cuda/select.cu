@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kBlock, 1)
 void select_top(const Launch& launch, const float* scores, const int32_t* items,
                 const int32_t* keep, int64_t rows, int64_t lists, int64_t items_max,
                 bool force_last, int32_t* index, int64_t width, int32_t* count) {
-  if (items_max > 0x7fff0000) throw std::invalid_argument("select_top: scores is of 2^31 a row");
+  if (items_max > 0x7fff0000) refuse("select_top", "scores is of 2^31 a row");
   const SelectArgs args{scores, items,      keep,  lists, items_max,
                         width,  force_last, index, count, launch.fault};
   start(launch, "select_top", rows * lists, [&](unsigned grid, cudaStream_t stream) {
