@@ -37,8 +37,8 @@ struct AttendArgs {
   int64_t* fault;
 };
 
-// Memory of a block. It is the file's, so that what works on nothing else (an exact top-k, the parts'
-// merge) is compiled once and not for every element type and D: that is most of the code.
+// Memory of a block. It is the file's, so that what works on nothing else (an exact top-k, the
+// parts' merge) is compiled once and not for every element type and D: that is most of the code.
 struct Shared {
   union {
     unsigned keys[kHeld];
@@ -56,7 +56,9 @@ __device__ __noinline__ void hold_keys(const float* scores, int first, int count
   __syncthreads();  // what was held is not needed any more
   const int size = count - first < kHeld ? count - first : kHeld;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < size; i += kThreads) s.keys[i] = ordered(__ldcg(scores + first + i));
+  for (int i = threadIdx.x; i < size; i += kThreads) {
+    s.keys[i] = ordered(__ldcg(scores + first + i));
+  }
   __syncthreads();
 }
 

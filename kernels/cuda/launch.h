@@ -51,8 +51,8 @@ void start(const Launch& launch, const char* op, int64_t blocks, Start&& begin) 
   expect(cudaGetLastError(), op);
 }
 
-// Whether kernels may be chained (chain.cuh) on a device: it can, and their code there waits. The
-// code depends on QUEST_CUDA_ARCHS alone, so any kernel tells.
+// Whether kernels may be chained (chain.cuh) on a device: it can, and their code there waits. That
+// depends on QUEST_CUDA_ARCHS alone, so any kernel that is to be chained tells.
 bool can_chain(int device, const void* kernel);
 
 // Starts a kernel that takes one argument, before the kernel ahead of it in the stream has ended if
