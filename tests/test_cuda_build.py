@@ -102,6 +102,15 @@ def test_every_kernel_has_code_for_every_architecture() -> None:
             assert architectures.count(one) == INSTANCES.get(kernel, 1), (kernel, one)
 
 
+def test_what_needs_code_of_its_own_from_9_0_says_so_where_the_build_looks() -> None:
+    """setup.py reads .cu files only, and compiles those without this header once, as for 8.0."""
+    kernels = [*SOURCES, *(ROOT / "kernels").rglob("*.h"), *(ROOT / "kernels").rglob("*.cuh")]
+    distinguish = {path.name for path in kernels if "__CUDA_ARCH__" in path.read_text()}
+    include = {path.name for path in kernels if '#include "chain.cuh"' in path.read_text()}
+    assert distinguish == {"chain.cuh"}
+    assert include == {"decode_attend.cu", "decode_scores.cu"}
+
+
 def test_nothing_is_spilled() -> None:
     assert [entry for entry in entries() if entry.spilled or entry.stack] == []
 

@@ -120,15 +120,22 @@ __device__ __forceinline__ void attend_with(const Pages& p, float scale,
   }
 }
 
-// For `some` queries; those beyond are any numbers and count for nothing.
+// For `some` queries; those beyond are any numbers and count for nothing. fp32 has one width only:
+// its rows are twice as long to read, which hides the sums that are not needed.
 template <typename T, int kLanes>
 __device__ __forceinline__ void attend_window(const Pages& p, float scale,
                                               const float (&query)[kQueries][8],
                                               const int64_t* rows, int first, int last, int some,
                                               const ScoresOut& scores, Partial& part) {
   static_assert(kQueries == 4, "3 go as 4");
-  if (some == 1) return attend_with<T, kLanes, 1>(p, scale, query, rows, first, last, scores, part);
-  if (some == 2) return attend_with<T, kLanes, 2>(p, scale, query, rows, first, last, scores, part);
+  if constexpr (sizeof(T) == 2) {
+    if (some == 1) {
+      return attend_with<T, kLanes, 1>(p, scale, query, rows, first, last, scores, part);
+    }
+    if (some == 2) {
+      return attend_with<T, kLanes, 2>(p, scale, query, rows, first, last, scores, part);
+    }
+  }
   attend_with<T, kLanes, 4>(p, scale, query, rows, first, last, scores, part);
 }
 

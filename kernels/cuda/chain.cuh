@@ -7,6 +7,8 @@
 // written by a direct predecessor, and is read past the first-level cache (__ldcg), which may hold
 // what stood there before. What a predecessor writes is read after the wait and by plain loads: the
 // read-only path (__ldg) is for memory that nothing writes from a kernel's start on.
+//
+// A .cu file includes this by itself, which is how setup.py knows that it needs code for 9.0 on.
 #pragma once
 
 namespace quest {

@@ -37,9 +37,9 @@ struct AttendArgs {
   int64_t* fault;
 };
 
-template <typename T, int kLanes>
+// Memory of a block. It is the file's, so that what works on nothing else (an exact top-k, the
+// parts' merge) is compiled once and not for every element type and D: that is most of the code.
 struct Shared {
-  Eight<T> queries[kQueries][kLanes];  // rotated once, for all teams of the block
   union {
     unsigned keys[kHeld];
     MergeShared merge;  // when no key is needed any more
@@ -49,44 +49,58 @@ struct Shared {
   unsigned named[kNamed / 32];
   int64_t rows[kWindow];
 };
+__shared__ __align__(16) Shared s;
 
-// The keys of a list's scores.
-struct Keys {
-  const unsigned* held;  // those below kHeld, in shared memory
-  const float* scores;
-
-  // Calls use(key): the usual list, which is held whole, is read without asking for each key.
-  template <typename Use>
-  __device__ __forceinline__ void with(int count, Use&& use) const {
-    if (count <= kHeld) {
-      use([this](int i) { return held[i]; });
-    } else {
-      use([this](int i) { return i < kHeld ? held[i] : ordered(__ldcg(scores + i)); });
-    }
-  }
-};
-
-// Fills the held keys of a list and finds the threshold of what wins. All threads of the block take
-// part; none may still need other keys.
-template <typename Shared>
-__device__ __forceinline__ Threshold choose(const AttendArgs& a, int64_t list, const Rule& rule,
-                                            Shared& s, Keys& keys) {
-  keys = {s.keys, a.scores + list * a.p.row_pages};
-  const int held = rule.last < kHeld ? rule.last : kHeld;
+// Fills s.keys with those of scores [first, count), as many as it holds.
+__device__ __noinline__ void hold_keys(const float* scores, int first, int count) {
+  __syncthreads();  // what was held is not needed any more
+  const int size = count - first < kHeld ? count - first : kHeld;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < held; i += kThreads) {
-    s.keys[i] = ordered(__ldcg(keys.scores + i));
+  for (int i = threadIdx.x; i < size; i += kThreads) {
+    s.keys[i] = ordered(__ldcg(scores + first + i));
   }
   __syncthreads();
-  Threshold best;
-  keys.with(rule.last,
-            [&](const auto& key) { best = threshold(key, rule.last, rule.wanted, s.selecting); });
-  return best;
+}
+
+// The keys of a list's scores, a window at a time in shared memory: the usual list has one.
+struct Keys {
+  static constexpr int kWindow = kHeld;
+  const float* scores;
+  int count;
+  int held;  // first key of the window in shared memory, -1: it is none of this list
+
+  __device__ __forceinline__ void hold(int first) {
+    if (first != held) hold_keys(scores, first, count);
+    held = first;
+  }
+  __device__ __forceinline__ unsigned operator()(int i) const { return s.keys[i]; }
+};
+
+// The threshold of what wins in a list.
+__device__ __noinline__ Threshold choose(const float* scores, int count, int wanted) {
+  Keys keys{scores, count, -1};
+  return threshold(keys, count, wanted, s.selecting);
+}
+
+// Of the list that was chosen from last: either fills s.items with the pages that are winner number
+// `first` and on, or marks in s.named those that are page number `first` and on.
+__device__ __noinline__ void list_winners(const float* scores, int count, Threshold best, int first,
+                                          bool name) {
+  Keys keys{scores, count, count <= kHeld ? 0 : -1};
+  ascending(keys, count, best, s.selecting, [&](int position, int page) {
+    const int at = (name ? page : position) - first;
+    if (at < 0 || at >= (name ? kNamed : kItems)) return;
+    if (name) {
+      atomicOr(&s.named[at / 32], 1u << at % 32);
+    } else {
+      s.items[at] = page;
+    }
+  });
+  __syncthreads();
 }
 
 // read of a (row, kv head) whose query heads choose alone: the union of their lists.
-template <typename Shared>
-__device__ __forceinline__ void count_read(const AttendArgs& a, Shared& s) {
+__device__ __noinline__ void count_read(const AttendArgs& a) {
   const Place place = place_of(a.p, 1);
   const int64_t at = place.row * a.p.kv_heads + place.head;
   const int keep = keep_of(a.token, place.row);
@@ -95,21 +109,18 @@ __device__ __forceinline__ void count_read(const AttendArgs& a, Shared& s) {
   wait_for_earlier();
   let_next_start();
   int many = 0;  // closed pages that this thread counted
+  constexpr int kWords = kNamed / 32;
+#pragma unroll 1
   for (int first = 0; first < rule.last && rule.wanted > 0; first += kNamed) {
-    for (int w = threadIdx.x; w < kNamed / 32; w += kThreads) s.named[w] = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; w += kThreads) s.named[w + threadIdx.x] = 0;
+#pragma unroll 1
     for (int64_t g = 0; g < a.group; ++g) {
-      __syncthreads();  // the keys of the head before it are not needed any more
-      Keys keys;
-      const Threshold best = choose(a, at * a.group + g, rule, s, keys);
-      keys.with(rule.last, [&](const auto& key) {
-        ascending(key, rule.last, best, s.selecting, [&](int, int page) {
-          if (page < first || page - first >= kNamed) return;
-          atomicOr(&s.named[(page - first) / 32], 1u << (page - first) % 32);
-        });
-      });
+      const float* scores = a.scores + (at * a.group + g) * a.p.row_pages;
+      list_winners(scores, rule.last, choose(scores, rule.last, rule.wanted), first, true);
     }
-    __syncthreads();
-    for (int w = threadIdx.x; w < kNamed / 32; w += kThreads) many += __popc(s.named[w]);
+#pragma unroll
+    for (int w = 0; w < kWords; w += kThreads) many += __popc(s.named[w + threadIdx.x]);
     if (rule.last - first <= kNamed) break;  // first += kNamed could overflow
     __syncthreads();
   }
@@ -122,10 +133,10 @@ __device__ __forceinline__ void count_read(const AttendArgs& a, Shared& s) {
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 3)
     decode_attend_kernel(const __grid_constant__ AttendArgs a) {
-  __shared__ __align__(16) Shared<T, kLanes> s;
+  __shared__ __align__(16) Eight<T> queries[kQueries][kLanes];  // rotated once, for all teams
   const Pages& p = a.p;
   if (blockIdx.x < a.counting) {
-    count_read(a, s);
+    count_read(a);
     return;
   }
   const unsigned block = blockIdx.x - a.counting;
@@ -149,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (const int i = threadIdx.x / kLanes; i < some) {
     float x[8];
     load_query<T>(a.token.q, a.token.angles, r, in_row + i, p.dim, lane, x);
-    s.queries[i][lane].pack(x);
+    queries[i][lane].pack(x);
   }
   __syncthreads();
 
@@ -162,14 +173,14 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (!alone) a.result.read[r * p.kv_heads + h] = n;
   }
 
-  Keys keys{};
+  const float* scores = a.scores + (r * a.units + unit) * p.row_pages;
   Threshold best{};
-  if (rule.wanted > 0) best = choose(a, r * a.units + unit, rule, s, keys);
+  if (rule.wanted > 0) best = choose(scores, rule.last, rule.wanted);
 
   float query[kQueries][8];
 #pragma unroll
   for (int i = 0; i < kQueries; ++i) {
-    s.queries[i < some ? i : 0][lane].unpack(query[i]);
+    queries[i < some ? i : 0][lane].unpack(query[i]);
   }
   Partial part = nothing_seen();
   const int size = static_cast<int>(p.page_size);
@@ -181,15 +192,12 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();  // the rows and items of the last window are not needed any more
     if (rule.wanted > 0 && (last - 1) / size - first_held >= kItems) {
       first_held = first / size;
-      keys.with(rule.last, [&](const auto& key) {
-        ascending(key, rule.last, best, s.selecting, [&](int position, int page) {
-          const int at = position - first_held;
-          if (at >= 0 && at < kItems) s.items[at] = page;
-        });
-      });
-      __syncthreads();
+      list_winners(scores, rule.last, best, first_held, false);
     }
-    for (int t = first + threadIdx.x; t < last; t += kThreads) {
+#pragma unroll
+    for (int at = 0; at < kWindow; at += kThreads) {
+      const int t = first + at + static_cast<int>(threadIdx.x);
+      if (t >= last) break;
       const int item = t / size;
       int page = item;
       if (rule.kept > 0) page = item < rule.wanted ? s.items[item - first_held] : rule.last;

@@ -1,10 +1,39 @@
-// What is there, and loading the kernels ahead of a capture.
+// What is there, what is wrong, and loading the kernels ahead of a capture.
 #include <atomic>
+#include <stdexcept>
+#include <string>
 
 #include "launch.h"
 
 namespace quest {
 namespace cuda {
+
+void expect(cudaError_t status, const char* op) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: it would be found after the next launch too
+  throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+}
+
+void refuse(const char* op, const char* what) {
+  throw std::invalid_argument(std::string(op) + ": " + what);
+}
+
+void refuse_grid(const char* op, int64_t blocks) {
+  const std::string many = std::to_string(blocks);
+  refuse(op, (many + " blocks are more than a grid holds; split the rows").c_str());
+}
+
+void check_shape(const Pages& p, const char* op) {
+  if (p.dim < 8 || p.dim % 8 != 0 || p.dim > kLargestDim) {
+    throw std::invalid_argument(std::string(op) + ": head dimension is " + std::to_string(p.dim) +
+                                "; expected a multiple of 8 up to " + std::to_string(kLargestDim));
+  }
+  if (p.row_pages * p.page_size > 0x7fffffff || p.rows >= 1 << 20) {
+    throw std::invalid_argument(std::string(op) + ": page_table is of " + std::to_string(p.rows) +
+                                " rows of " + std::to_string(p.row_pages * p.page_size) +
+                                " slots; expected fewer than 2^20 rows of 2^31");
+  }
+}
 
 int device_count() {
   int count = 0;

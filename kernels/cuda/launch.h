@@ -1,10 +1,9 @@
-// Starting kernels: the device, the choice of an instance by dtype and D, and errors as exceptions.
+// Starting kernels: the device, the choice of an instance by dtype and D, and errors as exceptions,
+// which device.cu makes: each file that knew <string> would compile for a third of a second longer.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "ops.h"
@@ -13,11 +12,13 @@
 namespace quest {
 namespace cuda {
 
-inline void expect(cudaError_t status, const char* op) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // forgets it: it would be found after the next launch too
-  throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
-}
+// What went wrong in CUDA, as std::runtime_error.
+void expect(cudaError_t status, const char* op);
+
+// What an op cannot do, as std::invalid_argument.
+[[noreturn]] void refuse(const char* op, const char* what);
+[[noreturn]] void refuse_grid(const char* op, int64_t blocks);
+void check_shape(const Pages& p, const char* op);
 
 // Makes a launch's device current, and the one before it current again.
 class OnDevice {
@@ -44,17 +45,14 @@ class OnDevice {
 template <typename Start>
 void start(const Launch& launch, const char* op, int64_t blocks, Start&& begin) {
   if (blocks == 0) return;
-  if (blocks > 0x7fffffff) {
-    throw std::invalid_argument(std::string(op) + ": " + std::to_string(blocks) +
-                                " blocks are more than a grid holds; split the rows");
-  }
+  if (blocks > 0x7fffffff) refuse_grid(op, blocks);
   const OnDevice on(launch.device, op);
   begin(static_cast<unsigned>(blocks), static_cast<cudaStream_t>(launch.stream));
   expect(cudaGetLastError(), op);
 }
 
-// Whether kernels may be chained (chain.cuh) on a device: it can, and their code there waits. The
-// code depends on QUEST_CUDA_ARCHS alone, so any kernel tells.
+// Whether kernels may be chained (chain.cuh) on a device: it can, and their code there waits. That
+// depends on QUEST_CUDA_ARCHS alone, so any kernel that is to be chained tells.
 bool can_chain(int device, const void* kernel);
 
 // Starts a kernel that takes one argument, before the kernel ahead of it in the stream has ended if
@@ -97,18 +95,6 @@ void by_row(DType dtype, int64_t dim, Call&& call) {
     if (dim <= 128) return call(element, std::integral_constant<int, 16>{});
     return call(element, std::integral_constant<int, 32>{});
   });
-}
-
-inline void check_shape(const Pages& p, const char* op) {
-  if (p.dim < 8 || p.dim % 8 != 0 || p.dim > kLargestDim) {
-    throw std::invalid_argument(std::string(op) + ": head dimension is " + std::to_string(p.dim) +
-                                "; expected a multiple of 8 up to " + std::to_string(kLargestDim));
-  }
-  if (p.row_pages * p.page_size > 0x7fffffff || p.rows >= 1 << 20) {
-    throw std::invalid_argument(std::string(op) + ": page_table is of " + std::to_string(p.rows) +
-                                " rows of " + std::to_string(p.row_pages * p.page_size) +
-                                " slots; expected fewer than 2^20 rows of 2^31");
-  }
 }
 
 // Every instance: call(T, lanes).

@@ -114,6 +114,7 @@ __device__ __forceinline__ void merge_block(const Partial& part, MergeShared& s,
   weigh_parts(s, kTeams, f.some);
   __syncthreads();
   const int dim = static_cast<int>(f.dim);
+#pragma unroll 1
   for (int x = threadIdx.x; x < f.some * dim; x += kThreads) {
     const int i = x / dim, d = x % dim;
     float sum = 0.0f;

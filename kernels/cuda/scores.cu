@@ -59,11 +59,17 @@ __global__ void __launch_bounds__(kThreads, 4)
 
   load_bounds<T, kLanes>(p, r, h, first, scored, last, a.fault, bounds);
   if (a.score_open) {  // the last page has no metadata yet
+    int id = -1;
 #pragma unroll
-    for (int u = 0; u < kUnroll<T>; ++u) {
-      if (bounds.id[u] < 0 || first + u * kTeams != last || lane * 8 >= p.dim) continue;
-      const T* keys = static_cast<const T*>(p.kv) + key_row(p, bounds.id[u], h) * p.dim + lane * 8;
-      extremes(keys, length - last * p.page_size, p.dim, bounds.high[u], bounds.low[u]);
+    for (int u = 0; u < kUnroll<T>; ++u) id = first + u * kTeams == last ? bounds.id[u] : id;
+    if (id >= 0 && lane * 8 < p.dim) {
+      const T* keys = static_cast<const T*>(p.kv) + key_row(p, id, h) * p.dim + lane * 8;
+      Eight<T> high, low;
+      extremes(keys, length - last * p.page_size, p.dim, high, low);
+#pragma unroll
+      for (int u = 0; u < kUnroll<T>; ++u) {
+        if (first + u * kTeams == last) bounds.high[u] = high, bounds.low[u] = low;
+      }
     }
   }
   const bool each = a.reduce == Reduce::kPerQuery;

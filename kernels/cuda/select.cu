@@ -20,6 +20,14 @@ struct SelectArgs {
   int64_t* fault;
 };
 
+// All of a list's keys, made of its scores at each look.
+struct AllKeys {
+  static constexpr int kWindow = 0x7fffffff;
+  const float* scores;
+  __device__ __forceinline__ void hold(int) const {}
+  __device__ __forceinline__ unsigned operator()(int i) const { return ordered(scores[i]); }
+};
+
 __global__ void __launch_bounds__(kBlock, 1)
     select_top_kernel(const __grid_constant__ SelectArgs a) {
   __shared__ Selecting<kBlock, kBits> s;
@@ -41,9 +49,9 @@ __global__ void __launch_bounds__(kBlock, 1)
   int32_t* index = a.index + task * a.width;
 
   if (wanted > 0) {
-    const auto key = [&](int i) { return ordered(scores[i]); };
-    const Threshold t = threshold(key, competing, wanted, s);
-    ascending(key, competing, t, s, [&](int position, int i) { index[position] = i; });
+    AllKeys keys{scores};
+    const Threshold t = threshold(keys, competing, wanted, s);
+    ascending(keys, competing, t, s, [&](int position, int i) { index[position] = i; });
   }
   if (threadIdx.x == 0) {
     a.count[task] = all ? -1 : kept;
@@ -57,7 +65,7 @@ __global__ void __launch_bounds__(kBlock, 1)
 void select_top(const Launch& launch, const float* scores, const int32_t* items,
                 const int32_t* keep, int64_t rows, int64_t lists, int64_t items_max,
                 bool force_last, int32_t* index, int64_t width, int32_t* count) {
-  if (items_max > 0x7fff0000) throw std::invalid_argument("select_top: scores is of 2^31 a row");
+  if (items_max > 0x7fff0000) refuse("select_top", "scores is of 2^31 a row");
   const SelectArgs args{scores, items,      keep,  lists, items_max,
                         width,  force_last, index, count, launch.fault};
   start(launch, "select_top", rows * lists, [&](unsigned grid, cudaStream_t stream) {
