@@ -217,6 +217,16 @@ def test_wrong_blocks_are_named(change: dict[str, Any], said: str) -> None:
         ops.attend_packed(q, pool.kv, packed, pool.table, pool.lengths)
 
 
+@pytest.mark.parametrize("start", [-5, 10**6])
+def test_places_of_outliers_that_are_not_there_are_never_followed(isa: str, start: int) -> None:
+    pool, q, packed = filled(case_of(torch.float32), 4)
+    nuq = packed.nuq
+    assert nuq is not None
+    wrong = packed._replace(nuq=nuq._replace(starts=torch.full_like(nuq.starts, start)))
+    with pytest.raises(ValueError, match=rf"attend_packed: packed\.nuq\.starts.* {start}"):
+        ops.attend_packed(q, pool.kv, wrong, pool.table, pool.lengths)
+
+
 def test_its_blocks_are_not_written_by_pack() -> None:
     pool, _, packed = filled(case_of(torch.float32), 4)
     with pytest.raises(ValueError, match=r"pack: packed\.nuq is given; expected None"):
