@@ -144,7 +144,9 @@ def cuda_archs(text: str) -> list[str]:
         if not re.fullmatch(r"[0-9]{2,3}[af]?", number):
             raise BaseError(f"QUEST_CUDA_ARCHS: {arch!r} is no architecture; try {CUDA_ARCHS!r}")
         if int(number.rstrip("af")) < OLDEST_ARCH:
-            raise BaseError(f"QUEST_CUDA_ARCHS: {arch!r} is below {OLDEST_ARCH}; try {CUDA_ARCHS!r}")
+            raise BaseError(
+                f"QUEST_CUDA_ARCHS: {arch!r} is below {OLDEST_ARCH}; try {CUDA_ARCHS!r}"
+            )
         front_end = max(x for x in front_ends if x <= int(number.rstrip("af")))
         ptx = [f"compute_{front_end}"] * (arch != number)
         codes.setdefault(front_end, []).extend([f"sm_{number}", *ptx])
