@@ -10,6 +10,7 @@ values (page ids, positions) is checked by the op itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -51,7 +52,7 @@ class Arguments:
 
     def __init__(self, op: str, any_float: bool = False) -> None:
         self.op = op
-        self.sizes: dict[str, int] = {}
+        self.sizes: dict[str, int] = {"2": 2}  # a digit means itself
         self.chosen: dict[str, str] = {}
         self._any_float = any_float or by_reference()
         self._float: tuple[str, torch.dtype] | None = None
@@ -218,17 +219,16 @@ class Arguments:
     def _tensor(self, name: str, value: Any, letters: str, contiguous: bool) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):
             raise self.refuse(name, type(value).__name__, "a tensor")
-        shape = value.shape
-        expected = letters.split()
+        shape, sizes, expected = value.shape, self.sizes, _split(letters)
         if len(shape) != len(expected):
             raise self.refuse(name, f"of shape {list(shape)}", self._shape(expected))
         for size, letter in zip(shape, expected, strict=True):
-            fixed = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, size)
-            if fixed != size:
+            if sizes.setdefault(letter, size) != size:
                 raise self.refuse(name, f"of shape {list(shape)}", self._shape(expected))
-        if contiguous and not value.is_contiguous():
-            raise self.refuse(name, f"strided {list(value.stride())}", "a contiguous tensor")
-        if not contiguous and shape[-1] > 1 and value.stride(-1) != 1:
+        if contiguous:
+            if not value.is_contiguous():
+                raise self.refuse(name, f"strided {list(value.stride())}", "a contiguous tensor")
+        elif shape[-1] > 1 and value.stride(-1) != 1:
             raise self.refuse(
                 name, f"strided {list(value.stride())}", "a contiguous last dimension"
             )
@@ -241,8 +241,15 @@ class Arguments:
         return value
 
     def _shape(self, letters: Sequence[str]) -> str:
-        fixed = [f"{one}={self.sizes[one]}" for one in letters if one in self.sizes]
+        fixed = [
+            f"{one}={self.sizes[one]}" for one in letters if one in self.sizes and not one.isdigit()
+        ]
         return f"shape [{', '.join(letters)}]" + (f" with {', '.join(fixed)}" if fixed else "")
+
+
+@cache
+def _split(letters: str) -> tuple[str, ...]:
+    return tuple(letters.split())
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -94,6 +94,37 @@ def test_methods_look_different_and_ours_stand_out() -> None:
     assert style.look("never_heard_of") == style.look("never_heard_of")
 
 
+def test_methods_without_a_budget_are_levels_in_their_own_colour(tmp_path: Path) -> None:
+    points = synthetic.points(["qasper"], **FEW)
+    rows = synthetic.sweep(tmp_path, points, 3)
+    flat = next(row for row in rows if row.budget is None)
+    rows.append(replace(flat, method="kivi2", label="KIVI-2", point="0" * 16, score=17.0))
+    figure, _ = grid.page("curves", "Everything", rows, CAPTION)
+    [axes], [legend] = figure.axes, figure.legends
+    levels = {line.get_ydata()[0]: line.get_color() for line in axes.lines if line.is_dashed()}
+    assert levels[17.0] == style.look("kivi2").color
+    assert levels[flat.score] == style.look("full").color
+    named = {text.get_text(): handle for text, handle in zip(legend.texts, legend.legend_handles)}
+    assert named["KIVI-2"].get_color() == style.look("kivi2").color
+
+
+def test_a_perplexity_far_beyond_the_best_does_not_flatten_the_others(tmp_path: Path) -> None:
+    points = synthetic.points(["pg19"], methods=("full", "quest"), budgets=(256, 512, 1024))
+    scores = [10.0, 5000.0, 5000.0, 12.0]
+    rows = [
+        replace(row, score=score, low=score, high=score, delta=math.nan)
+        for row, score in zip(synthetic.sweep(tmp_path, points, 3), scores, strict=True)
+    ]
+    figure, plotted = grid.page("curves", "", rows, CAPTION)
+    [axes] = figure.axes
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim()[1] < 50
+    assert sorted(entry["score"] for entry in plotted) == sorted(scores)
+    rings = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [len(line.get_xdata()) for line in rings] == [2]
+    assert any("hollow" in text.get_text() for text in figure.texts)
+
+
 def test_the_caption_counts_what_it_shows(tmp_path: Path) -> None:
     rows = synthetic.sweep(tmp_path, synthetic.points(["qasper"], **FEW), 4)
     assert samples(rows) == "n = 4 samples a point"

@@ -17,15 +17,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from quest_dist import stats
+from quest_dist.figures import beyond, panels, style
 from quest_dist.figures import caption as captions
-from quest_dist.figures import panels, style
 from quest_dist.figures.caption import Caption
 from quest_dist.table import Line, Panel, Row, pivot
 
 TALL, LEGEND, NEXT = 3.1, 0.34, 0.19  # inches of a panel, of the legend's first and further lines
 MIB = 2.0**20
-LOGARITHMIC, WORST = "perplexity", 4.0
-TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 
 
 def page(
@@ -42,9 +40,7 @@ def page(
         " overlap are not told apart.",
     ]
     if any(_overflows(panel, fact) for panel in found):
-        notes.append(
-            f"Perplexities above {WORST:g} times the best stand at the axis's end, hollow."
-        )
+        notes.append(beyond.NOTE)
     lines = len(captions.small_print(rows, caption, [*notes, captions.lacking(rows)]))
     widest = max(0.62 + 0.073 * len(str(handle.get_label())) for handle in handles)
     columns = max(1, min(len(handles), int(style.WIDTH / widest)))
@@ -87,8 +83,8 @@ def _panel(axes: Axes, panel: Panel, figure: str, fact: str) -> panels.Plotted:
     drawn = _drawn(panel, fact)
     dots = [(row.fact(fact) / MIB, row.score) for _, rows in drawn for row in rows]
     end = math.inf
-    if panel.metric == LOGARITHMIC and dots:
-        end = _logarithmic(axes, [score for _, score in dots])
+    if panel.metric == beyond.METRIC and dots:
+        end = beyond.logarithmic(axes, [score for _, score in dots])
     for line, rows in sorted(drawn, key=lambda one: style.look(one[0].method).strong):
         if rows:
             plotted += _line(axes, line, rows, figure, fact, end)
@@ -109,17 +105,6 @@ def _panel(axes: Axes, panel: Panel, figure: str, fact: str) -> panels.Plotted:
     return plotted
 
 
-def _logarithmic(axes: Axes, scores: Sequence[float]) -> float:
-    """Make the scores' axis logarithmic; where it ends."""
-    end = min(max(scores), WORST * min(scores))
-    axes.set_yscale("log")
-    axes.set_ylim(0.93 * min(scores), 1.06 * end)
-    axes.yaxis.set_major_locator(LogLocator(subs=TICKS))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda score, _: f"{score:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    return end
-
-
 def _line(
     axes: Axes, line: Line, rows: Sequence[Row], figure: str, fact: str, end: float
 ) -> panels.Plotted:
@@ -131,14 +116,9 @@ def _line(
     look: dict[str, Any] = {"color": seen.color, "lw": 2.0 if seen.strong else 1.1, "mew": 0}
     shown = [min(row.score, end) for row in rows]
     axes.plot(x, shown, marker=marker, ms=size, zorder=over, **look)
-    beyond = {row.score: at for at, row in zip(x, rows, strict=True) if row.score > end}
-    if beyond:
-        ring: dict[str, Any] = {"marker": marker, "ms": size, "mfc": "white", "mec": seen.color}
-        axes.plot(list(beyond.values()), [end] * len(beyond), ls="", zorder=over + 1, **ring)
-        told = " to ".join(f"{score:,.0f}" for score in sorted({min(beyond), max(beyond)}))
-        place: dict[str, Any] = {"xytext": (0, -6), "textcoords": "offset points"}
-        small: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 6.5, "color": seen.color}
-        axes.annotate(told, (max(beyond.values()), end), **place, **small)
+    beyond.mark(
+        axes, [(at, row.score) for at, row in zip(x, rows, strict=True)], end, seen, size, over
+    )
     ends = [panels.interval(row) for row in rows]
     low, high = zip(*ends, strict=True)
     axes.vlines(x, low, high, color=seen.color, lw=1.0, alpha=0.35, zorder=over - 2)
@@ -157,7 +137,7 @@ def _drawn(panel: Panel, fact: str) -> list[tuple[Line, list[Row]]]:
 
 def _overflows(panel: Panel, fact: str) -> bool:
     scores = [row.score for _, rows in _drawn(panel, fact) for row in rows]
-    return panel.metric == LOGARITHMIC and bool(scores) and max(scores) > WORST * min(scores)
+    return beyond.overflows(panel.metric, scores)
 
 
 def _rows(line: Line) -> list[Row]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from quest_dist.figures import beyond, panels, paper, style
 from quest_dist.figures import caption as captions
-from quest_dist.figures import panels, paper, style
 from quest_dist.figures.caption import Caption
 from quest_dist.table import Panel, Row, pivot
 
@@ -34,6 +34,8 @@ def page(
     notes = [_bars(rows), *notes]
     if name in paper.reference():
         notes.append(f"Against the paper: {verdict}.")
+    if any(beyond.overflows(panel.metric, panels.scores_of(panel)) for panel in found):
+        notes.append(beyond.NOTE)
     handles = panels.legend(found)
     if any(paper.judge(name, row).paper is not None for row in rows):
         handles.append(panels.paper_handle())

@@ -1,9 +1,10 @@
 """Panels of score against token budget: the shape that most of the paper's figures have.
 
-Invariants: x is log2 of the budget, ticks are budgets that were run; full attention is a dashed
-level, not a dot; every mark carries its interval as a bar, and the lines of a panel are moved a
-little apart so that bars can be told; hollow marks are the paper's, never ours. What is plotted is
-returned as plain dicts, and that is the CSV.
+Invariants: x is log2 of the budget, ticks are budgets that were run; full attention and methods
+without a budget are dashed levels, not dots; every mark carries its interval as a bar, and the
+lines of a panel are moved a little apart so that bars can be told; hollow marks are the paper's,
+never ours, but for those that stand at an axis's end (see beyond). What is plotted is returned as
+plain dicts, and that is the CSV.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from quest_dist.figures import paper, style
+from quest_dist.figures import beyond, paper, style
 from quest_dist.table import Line, Panel, Row
 
 METRICS = {
@@ -31,6 +32,8 @@ METRICS = {
     "step_ms": "ms a token (lower is better)",
     "tokens_per_pass": "tokens a target pass",
 }
+#: Dashes of a level, and octaves between the marks of two.
+LEVEL, STEP = (0, (5, 2.5)), 0.05
 Plotted = list[dict[str, Any]]
 
 
@@ -43,15 +46,25 @@ def draw(axes: Axes, panel: Panel, figure: str, title: str, apart: float = 0.1) 
     axes.set_ylabel(METRICS.get(panel.metric, panel.metric or "score"))
     lines = sorted(panel.lines, key=lambda line: style.look(line.method).strong)
     curves = [line for line in lines if line.by_budget]
-    for line in lines:
-        if line.flat is not None:
-            plotted += _level(axes, line, line.flat, figure, budgets)
+    levels = [(line, line.flat) for line in lines if line.flat is not None]
+    scores = scores_of(panel)
+    far = beyond.overflows(panel.metric, scores)
+    end = beyond.logarithmic(axes, scores) if far else math.inf
+    for i, (line, row) in enumerate(levels):
+        plotted += _level(axes, line, row, figure, i)
     for i, line in enumerate(curves):
         moved = 0.0 if len(curves) < 2 else apart * (2 * i / (len(curves) - 1) - 1)
-        plotted += _curve(axes, line, figure, moved, _dash(line, curves))
-    _scale(axes, panel.metric, plotted)
+        plotted += _curve(axes, line, figure, moved, _dash(line, curves), end)
+    if not far:
+        _scale(axes, panel.metric, plotted)
     _failures(axes, lines)
     return plotted
+
+
+def scores_of(panel: Panel) -> list[float]:
+    """All scores of a panel."""
+    rows = [row for line in panel.lines for row in (*line.by_budget.values(), line.flat) if row]
+    return [row.score for row in rows if row.n]
 
 
 def interval(row: Row) -> tuple[float, float]:
@@ -85,9 +98,10 @@ def legend(panels: Sequence[Panel]) -> list[Line2D]:
 
 def handle(line: Line, dash: Any = "-") -> Line2D:
     """The legend's picture of a line."""
-    if not line.by_budget:
-        return Line2D([], [], color=style.INK, lw=1.3, ls=(0, (5, 2.5)), label=line.label)
     seen = style.look(line.method)
+    if not line.by_budget:
+        look: dict[str, Any] = {"marker": seen.marker, "ms": 4.8, "label": line.label}
+        return Line2D([], [], color=seen.color, lw=1.3, ls=LEVEL, **look)
     width, size = (2.2, 6.0) if seen.strong else (1.3, 4.8)
     return Line2D(
         [], [], color=seen.color, lw=width, ls=dash, marker=seen.marker, ms=size, label=line.label
@@ -140,14 +154,19 @@ def paper_entry(figure: str, row: Row, label: str, value: float) -> dict[str, An
     return entry(figure, row, label, series="paper", score=value, **blank)
 
 
-def _level(axes: Axes, line: Line, row: Row, figure: str, budgets: list[int]) -> Plotted:
+def _level(axes: Axes, line: Line, row: Row, figure: str, place: int) -> Plotted:
+    """A level whose mark and bar stand at the left, `place` steps from the edge."""
     if not row.n:
         return []
-    axes.axhline(row.score, color=style.INK, lw=1.2, ls=(0, (5, 2.5)), zorder=6)
+    seen, full = style.look(line.method), line.method == "full"
+    axes.axhline(row.score, color=seen.color, lw=1.2, ls=LEVEL, zorder=6 if full else 4)
+    at = axes.get_xlim()[0] * 2 ** (STEP * place)
+    if not full:
+        axes.plot([at], [row.score], marker=seen.marker, ms=4.8, mew=0, color=seen.color, zorder=5)
     low, high = interval(row)
     if low < high:
-        left = axes.get_xlim()[0]
-        axes.vlines([left], low, high, color=style.INK, lw=2.4, alpha=0.55, clip_on=False)
+        bar: dict[str, Any] = {"lw": 2.4 if full else 1.2, "alpha": 0.55, "clip_on": not full}
+        axes.vlines([at], low, high, color=seen.color, **bar)
     plotted = [entry(figure, row, line.label)]
     value = paper.judge(figure, row).paper
     if value is not None:
@@ -157,15 +176,18 @@ def _level(axes: Axes, line: Line, row: Row, figure: str, budgets: list[int]) ->
     return plotted
 
 
-def _curve(axes: Axes, line: Line, figure: str, apart: float, dash: Any) -> Plotted:
+def _curve(axes: Axes, line: Line, figure: str, apart: float, dash: Any, end: float) -> Plotted:
     seen = style.look(line.method)
     rows = [row for row in line.by_budget.values() if row.n]
     x = [(row.budget or 1) * 2**apart for row in rows]
-    y = [row.score for row in rows]
+    y = [min(row.score, end) for row in rows]
     width, size = (2.2, 5.2) if seen.strong else (1.3, 4.2)
     over = 5 if seen.strong else 3
     axes.plot(
         x, y, color=seen.color, lw=width, ls=dash, marker=seen.marker, ms=size, mew=0, zorder=over
+    )
+    beyond.mark(
+        axes, [(at, row.score) for at, row in zip(x, rows, strict=True)], end, seen, size, over
     )
     ends = [interval(row) for row in rows]
     axes.vlines(
