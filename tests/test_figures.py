@@ -104,8 +104,9 @@ def test_methods_without_a_budget_are_levels_in_their_own_colour(tmp_path: Path)
     levels = {line.get_ydata()[0]: line.get_color() for line in axes.lines if line.is_dashed()}
     assert levels[17.0] == style.look("kivi2").color
     assert levels[flat.score] == style.look("full").color
-    named = {text.get_text(): handle for text, handle in zip(legend.texts, legend.legend_handles)}
-    assert named["KIVI-2"].get_color() == style.look("kivi2").color
+    named = [text.get_text() for text in legend.texts]
+    handle = legend.legend_handles[named.index("KIVI-2")]
+    assert handle.get_color() == style.look("kivi2").color
 
 
 def test_a_perplexity_far_beyond_the_best_does_not_flatten_the_others(tmp_path: Path) -> None:
