@@ -139,10 +139,13 @@ def curve_runs(
     """One run a method and setting that has points to show; its dots are the finished ones.
 
     It names the data of its points (`identity` is what a point key stands for): a call to MLflow a
-    point would cost as much as its values do.
+    point would cost as much as its values do. Curves that start together do so a millisecond apart,
+    the last of the grid first: MLflow's charts show the ten newest.
     """
     grouped: dict[str, list[Row]] = {}
+    places: dict[str, int] = {}
     for row in rows:
+        places.setdefault(curve_key(row), len(places))
         if row.status != "missing":
             grouped.setdefault(curve_key(row), []).append(row)
     pages = len({row.page_size for row in rows if row.budget is not None}) > 1
@@ -163,7 +166,8 @@ def curve_runs(
                 key=key,
                 name=name,
                 status="FAILED" if any(row.status == "failed" for row in members) else "FINISHED",
-                started=min(at - _ms(row.seconds) for at, row in zip(times, members, strict=True)),
+                started=min(at - _ms(row.seconds) for at, row in zip(times, members, strict=True))
+                - places[key],
                 ended=max(times),
                 metrics=tuple(
                     m for row in members if row.status == "finished" for m in _dots(row, rows)

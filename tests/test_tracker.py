@@ -169,6 +169,22 @@ def test_a_curve_is_score_against_budget_and_full_is_level(folder: Path, ledger:
     }
 
 
+def test_the_first_curves_of_a_grid_are_the_newest_which_the_charts_show(
+    folder: Path, ledger: Ledger
+) -> None:
+    methods = ("full", "quest", "h2o", "tova", "streaming")
+    points = synthetic.points(["qasper"], methods=methods, budgets=(256,))
+    synthetic.fill(ledger, points, range(2))
+    rows = [replace(row, finished_at=1e9) for row in rows_of(ledger, points, 2)]
+    runs = projection.curve_runs(rows, ledger.identity)
+    newest = sorted(runs, key=lambda run: run.started, reverse=True)
+    labels = list(dict.fromkeys(row.label for row in rows))
+    assert [run.name for run in newest] == labels
+    some = [replace(row, status="missing") if row.method == "quest" else row for row in rows]
+    apart = {run.name: run.started for run in projection.curve_runs(some, ledger.identity)}
+    assert apart.items() <= {run.name: run.started for run in runs}.items()
+
+
 def test_a_second_sync_and_a_second_driver_write_nothing(folder: Path, ledger: Ledger) -> None:
     points = synthetic.points(**GRID)
     synthetic.fill(ledger, points, range(2))
