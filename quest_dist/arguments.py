@@ -187,8 +187,9 @@ class Arguments:
         """Packed blocks that were checked, for the compiled ops of a device."""
         tensors = (packed.blocks, packed.table, packed.keys, packed.values, packed.levels)
         sizes = (packed.blocks.shape[0], packed.table.shape[1], packed.bits, packed.group)
-        nuq = native.Nuq(*[0] * 9)
-        if packed.nuq is not None:
+        if packed.nuq is None:
+            nuq = _no_nuq(native)
+        else:
             *parts, sinks = packed.nuq
             counts = (packed.nuq.outliers.shape[0], packed.nuq.cos.shape[0], sinks)
             nuq = native.Nuq(*(one.data_ptr() for one in parts), *counts)
@@ -245,6 +246,11 @@ class Arguments:
             f"{one}={self.sizes[one]}" for one in letters if one in self.sizes and not one.isdigit()
         ]
         return f"shape [{', '.join(letters)}]" + (f" with {', '.join(fixed)}" if fixed else "")
+
+
+@cache
+def _no_nuq(native: ModuleType) -> object:
+    return native.Nuq(*[0] * 9)
 
 
 @cache

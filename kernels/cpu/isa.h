@@ -91,6 +91,7 @@ struct NuqChunk {
   const float *turn_cos, *turn_sin;        // [dim / 2, kTurned]: the rotation by 0, 1, ...
   int odd[kChunk];                         // 1 for a tile whose number in its row is odd
   const float *cos[kChunk], *sin[kChunk];  // [dim / 2]: to the even tile's first token
+  const uint8_t* value_norms[kChunk];      // fp16 [2, kBlock]: what is added, and what multiplies
   const uint16_t* outliers[2][kChunk];     // of keys, of values
   int64_t count[2][kChunk];
 };
@@ -106,8 +107,6 @@ struct PackedChunk {
   const uint8_t* block[kChunk];  // of each tile
   const uint8_t* next[kChunk];   // that is read next in its place, or nullptr
   int tile[kChunk];              // within its block
-  // fp16 of its tokens' values in the first group of channels; layout->group further in the next.
-  const uint8_t *value_scales[kChunk], *value_minima[kChunk];
   const NuqChunk* nuq;           // nullptr: keys are turned already, and no outliers are apart
   uint16_t listed[kChunk];       // a bit a token; at least one
   int64_t stride;                // of the state, from head to head

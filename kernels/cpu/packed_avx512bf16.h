@@ -135,14 +135,16 @@ template <int H>
 QUEST_APART void fold_values(const PackedChunk& c, float middle, FoldedChunk<H>& f) {
   const PackedLayout& l = *c.layout;
   const int groups = static_cast<int>(l.dim / l.width);
-  const auto halves_of = [&](int t, int g, const uint8_t* const* part) {
-    const uint8_t* at = part[t] + 2 * g * l.group;
-    if (c.nuq == nullptr && c.next[t] != nullptr) ask(c.next[t] + (at - c.block[t]), 32);
-    return halves(at);
+  const bool apart = c.nuq != nullptr;  // a group is the head then
+  const auto halves_of = [&](int t, int g, int64_t part, int64_t apart_part) {
+    if (apart) return halves(c.nuq->value_norms[t] + apart_part);
+    const int64_t at = part + 2 * (g * l.group + c.tile[t] * kBlock);
+    if (c.next[t] != nullptr) ask(c.next[t] + at, 32);
+    return halves(c.block[t] + at);
   };
-  const auto scales = [&](int t, int g) { return halves_of(t, g, c.value_scales); };
+  const auto scales = [&](int t, int g) { return halves_of(t, g, l.value_scales, 2 * kBlock); };
   const auto minima = [&](int t, int g, Vec scale) {
-    return fma(set1(middle), scale, halves_of(t, g, c.value_minima));
+    return fma(set1(middle), scale, halves_of(t, g, l.value_minima, 0));
   };
   for (int g = 0; g < groups; ++g) {
     Vec low[4];

@@ -168,8 +168,7 @@ void put_nuq(const Job& job, const Tile& tile, int64_t kv_head, const Tile* late
   const int64_t heads = job.p.kv_heads, id = (tile.block - job.packed.data) / (heads * l.bytes);
   const int64_t first = static_cast<int64_t>(tile.number / 2) * kTurned * (l.dim / 2);
   const auto* norms = reinterpret_cast<const uint8_t*>(nuq.values + id * 2 * kBlock);
-  chunk.value_minima[at] = norms;
-  chunk.value_scales[at] = norms + 2 * kBlock;
+  to.value_norms[at] = norms;
   chunk.nuq = &to;
   to.key_scale = nuq.keys + kv_head * 2 * l.dim;
   to.key_offset = to.key_scale + l.dim;
@@ -206,8 +205,10 @@ void attend_tiles(const Job& job, const std::vector<Tile>& tiles, int64_t first,
       ++i;
       continue;
     }
-    PackedChunk chunk{};
-    NuqChunk nuq{};
+    PackedChunk chunk;  // every tile's part of it is set below
+    NuqChunk nuq;
+    chunk.tiles = 0;
+    chunk.nuq = nullptr;
     for (; i < last && tiles[static_cast<size_t>(i)].whole; ++i, ++chunk.tiles) {
       const Tile& one = tiles[static_cast<size_t>(i)];
       const int at = chunk.tiles;
@@ -219,11 +220,8 @@ void attend_tiles(const Job& job, const std::vector<Tile>& tiles, int64_t first,
       if (job.packed.nuq.keys != nullptr) {
         const Tile* next = jump > 0 ? &one : follows ? &tiles[later] : nullptr;
         put_nuq(job, one, kv_head, next, jump > 0 ? kv_head + 1 : next_head, at, chunk, nuq);
-      } else {
-        const int64_t values = 2 * one.within * kBlock;
-        chunk.value_scales[at] = chunk.block[at] + l.value_scales + values;
-        chunk.value_minima[at] = chunk.block[at] + l.value_minima + values;
       }
+      chunk.next[at] = nullptr;
       if (jump > 0) chunk.next[at] = chunk.block[at] + jump;
       if (follows) {
         chunk.next[at] = tiles[later].block + next_head * l.bytes +

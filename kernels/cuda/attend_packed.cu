@@ -74,7 +74,7 @@ template <typename T, int kLanes, int kSome>
 __device__ __forceinline__ void attend_spots(const PackedArgs& a, const float (&query)[kQueries][8],
                                              const Spot* spots, const Ends& ends, int kv_head,
                                              int first, int last, Partial& part) {
-  constexpr int kTeams = kThreads / kLanes, kMany = 2;  // more take longer to compile than to run
+  constexpr int kTeams = kThreads / kLanes, kMany = 1;  // more take longer to compile than to run
   const int lane = threadIdx.x % kLanes, team = threadIdx.x / kLanes;
 #pragma unroll 1
   for (int step = first; step < last; step += kTeams * kMany) {
@@ -205,7 +205,8 @@ __global__ void __launch_bounds__(kThreads, 3)
       spots[t - first] = spot;
     }
     __syncthreads();
-    if (some == 1) {
+    // fp32 has no walk of its own for one query: it would take longer to compile than to run.
+    if (sizeof(T) == 2 && some == 1) {
       attend_spots<T, kLanes, 1>(a, query, spots, ends, kv_head, first, last, part);
     } else {
       attend_spots<T, kLanes, kQueries>(a, query, spots, ends, kv_head, first, last, part);
