@@ -1,47 +1,17 @@
 // quest_dist._cpu: the ops for Python. Tensors come as addresses and sizes that quest_dist/ops.py
 // has checked; the GIL is released while an op runs. std::invalid_argument becomes ValueError.
-#include <pybind11/pybind11.h>
+#include "bind.h"
 
-#include "ops.h"
+#include <pybind11/pybind11.h>
 
 namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using namespace quest::bind;
 
 quest::ByteMeta make_bytes(Address values, Address scale, Address offset) {
   return {at<const int8_t>(values), at<const float>(scale), at<const float>(offset)};
-}
-
-quest::Pages make_pages(Address kv, Address meta, Address page_table, int dtype, int64_t pages,
-                        int64_t kv_heads, int64_t page_size, int64_t dim, int64_t rows,
-                        int64_t row_pages) {
-  return {at<void>(kv),
-          at<void>(meta),
-          at<const int32_t>(page_table),
-          static_cast<quest::DType>(dtype),
-          pages,
-          kv_heads,
-          page_size,
-          dim,
-          rows,
-          row_pages};
-}
-
-quest::Strided make_strided(Address data, int64_t row, int64_t head, int64_t token) {
-  return {at<const void>(data), row, head, token};
-}
-
-quest::Selection make_selection(Address index, Address count, int64_t lists, int64_t width,
-                                int unit) {
-  return {at<const int32_t>(index), at<const int32_t>(count), lists, width,
-          static_cast<quest::Unit>(unit)};
 }
 
 void append(const quest::Pages& pages, const quest::Strided& k, const quest::Strided& v,
@@ -80,10 +50,6 @@ void attend(const quest::Pages& pages, Address q, Address rolled_query, int64_t 
                      at<const int32_t>(lengths), selection, scale, result, threads);
 }
 
-quest::Angles make_angles(Address cos, Address sin, int64_t cos_row, int64_t sin_row, bool wide) {
-  return {at<const void>(cos), at<const void>(sin), cos_row, sin_row, wide};
-}
-
 void decode(const quest::Pages& pages, const quest::Strided& q, const quest::Strided& k,
             const quest::Strided& v, const quest::Angles& angles, int64_t heads, Address lengths,
             Address keep, float radius_scale, int reduce, float scale, Address out,
@@ -100,34 +66,6 @@ void decode(const quest::Pages& pages, const quest::Strided& q, const quest::Str
   const quest::Attended result{
       at<void>(out), at<int32_t>(attended), at<int32_t>(read), at<float>(lse), nullptr, 0};
   quest::cpu::decode(pages, token, heads, result, threads);
-}
-
-quest::Nuq make_nuq(Address keys, Address values, Address starts, Address outliers, Address cos,
-                    Address sin, int64_t outlier_count, int64_t positions, int64_t sinks) {
-  return {at<const float>(keys),
-          at<const uint16_t>(values),
-          at<const int32_t>(starts),
-          at<const uint16_t>(outliers),
-          at<const float>(cos),
-          at<const float>(sin),
-          outlier_count,
-          positions,
-          sinks};
-}
-
-quest::Packed make_packed(Address data, Address table, Address keys, Address values, Address levels,
-                          int64_t blocks, int64_t row_blocks, int64_t bits, int64_t group,
-                          const quest::Nuq& nuq) {
-  return {at<uint8_t>(data),
-          at<const int32_t>(table),
-          at<const int32_t>(keys),
-          at<const int32_t>(values),
-          at<const float>(levels),
-          blocks,
-          row_blocks,
-          bits,
-          group,
-          nuq};
 }
 
 void pack(const quest::Pages& pages, const quest::Packed& packed, Address keys, Address values,
@@ -159,10 +97,6 @@ void prefill_attend(const quest::Strided& q, const quest::Strided& k, const ques
                     int64_t dim, float scale, Address out, Address workspace, int threads) {
   quest::cpu::prefill_attend(q, k, v, rows, heads, kv_heads, queries, length, dim, scale,
                              at<void>(out), at<void>(workspace), threads);
-}
-
-quest::Int4 make_int4(Address data, int64_t outputs, int64_t inputs, int64_t group) {
-  return {at<const uint8_t>(data), outputs, inputs, group};
 }
 
 void linear4(const quest::Int4& weights, Address x, int dtype, int64_t rows, Address out,

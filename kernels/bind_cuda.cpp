@@ -3,6 +3,7 @@
 // to this module: quest_dist._cpu has its own of the same names.
 #include <pybind11/pybind11.h>
 
+#include "bind.h"
 #include "cuda/ops.h"
 #include "packed_layout.h"
 
@@ -10,7 +11,7 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
+using namespace quest::bind;
 using quest::Angles;
 using quest::Pages;
 using quest::Selection;
@@ -18,41 +19,8 @@ using quest::Strided;
 using quest::Token;
 using quest::cuda::Launch;
 
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 Launch make_launch(int device, Address stream, Address fault) {
   return {device, at<void>(stream), at<int64_t>(fault)};
-}
-
-Pages make_pages(Address kv, Address meta, Address page_table, int dtype, int64_t pages,
-                 int64_t kv_heads, int64_t page_size, int64_t dim, int64_t rows,
-                 int64_t row_pages) {
-  return {at<void>(kv),
-          at<void>(meta),
-          at<const int32_t>(page_table),
-          static_cast<quest::DType>(dtype),
-          pages,
-          kv_heads,
-          page_size,
-          dim,
-          rows,
-          row_pages};
-}
-
-Strided make_strided(Address data, int64_t row, int64_t head, int64_t token) {
-  return {at<const void>(data), row, head, token};
-}
-
-Selection make_selection(Address index, Address count, int64_t lists, int64_t width, int unit) {
-  return {at<const int32_t>(index), at<const int32_t>(count), lists, width,
-          static_cast<quest::Unit>(unit)};
-}
-
-Angles make_angles(Address cos, Address sin, int64_t cos_row, int64_t sin_row, bool wide) {
-  return {at<const void>(cos), at<const void>(sin), cos_row, sin_row, wide};
 }
 
 void append(const Launch& launch, const Pages& pages, const Strided& k, const Strided& v,
@@ -110,34 +78,6 @@ void decode(const Launch& launch, const Pages& pages, const Strided& q, const St
                       at<void>(workspace));
 }
 
-quest::Nuq make_nuq(Address keys, Address values, Address starts, Address outliers, Address cos,
-                    Address sin, int64_t outlier_count, int64_t positions, int64_t sinks) {
-  return {at<const float>(keys),
-          at<const uint16_t>(values),
-          at<const int32_t>(starts),
-          at<const uint16_t>(outliers),
-          at<const float>(cos),
-          at<const float>(sin),
-          outlier_count,
-          positions,
-          sinks};
-}
-
-quest::Packed make_packed(Address data, Address table, Address keys, Address values, Address levels,
-                          int64_t blocks, int64_t row_blocks, int64_t bits, int64_t group,
-                          const quest::Nuq& nuq) {
-  return {at<uint8_t>(data),
-          at<const int32_t>(table),
-          at<const int32_t>(keys),
-          at<const int32_t>(values),
-          at<const float>(levels),
-          blocks,
-          row_blocks,
-          bits,
-          group,
-          nuq};
-}
-
 void pack(const Launch& launch, const Pages& pages, const quest::Packed& packed, Address keys,
           Address values) {
   quest::cuda::pack(launch, pages, packed, quest::layout_of(packed, pages.dim),
@@ -163,10 +103,6 @@ void token_scores(const Launch& launch, const Pages& pages, Address q, int64_t h
 
 void gather(const Launch& launch, const Pages& pages, int64_t length, Address k, Address v) {
   quest::cuda::gather(launch, pages, length, at<void>(k), at<void>(v));
-}
-
-quest::Int4 make_int4(Address data, int64_t outputs, int64_t inputs, int64_t group) {
-  return {at<const uint8_t>(data), outputs, inputs, group};
 }
 
 void linear4(const Launch& launch, const quest::Int4& weights, Address x, int dtype, int64_t rows,

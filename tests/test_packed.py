@@ -188,18 +188,14 @@ def test_groups_of_other_sizes(isa: str, group: int) -> None:
     assert close(ops.attend_packed(q, pool.kv, *place).out, want.out, torch.bfloat16)
 
 
-@pytest.mark.parametrize("lists", [0, 1, 2])
-def test_bits_depend_on_neither_threads_nor_neighbours_nor_spelling(isa: str, lists: int) -> None:
-    case = case_of(torch.bfloat16, 4, 128)
-    pool, q, packed = filled(case, 4)
-    index, count = random_lists(case, lists, "pages") if lists else (None, None)
-    place = (pool.table, pool.lengths, index, count)
+def same_alone(pool: Any, q: Tensor, packed: Packed, place: tuple[Any, ...]) -> None:
+    """Three threads give all rows what one gives each of them alone, bit for bit."""
     try:
         ops.set_threads(3)
         together = ops.attend_packed(q, pool.kv, packed, *place)
     finally:
         ops.set_threads(None)
-    for row in range(len(case.lengths)):
+    for row in range(len(pool.lengths)):
         one = slice(row, row + 1)
         few = [None if x is None else x[one].contiguous() for x in place]
         parts = (packed.table[one].contiguous(), packed.keys[one], packed.values[one])
@@ -207,6 +203,14 @@ def test_bits_depend_on_neither_threads_nor_neighbours_nor_spelling(isa: str, li
         alone = ops.attend_packed(q[one], pool.kv, held, *few)
         for got, want in zip(alone, together, strict=True):
             assert got is None or torch.equal(got[0], want[row])
+
+
+@pytest.mark.parametrize("lists", [0, 1, 2])
+def test_bits_depend_on_neither_threads_nor_neighbours_nor_spelling(isa: str, lists: int) -> None:
+    case = case_of(torch.bfloat16, 4, 128)
+    pool, q, packed = filled(case, 4)
+    index, count = random_lists(case, lists, "pages") if lists else (None, None)
+    same_alone(pool, q, packed, (pool.table, pool.lengths, index, count))
 
 
 def test_listing_every_page_gives_the_bits_of_listing_none(isa: str) -> None:

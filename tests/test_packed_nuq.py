@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pools import Case, close, filled_pool, queries, random_lists
+from test_packed import case_name, case_of, same_alone
 from torch import Tensor
 
 from quest_dist import ops, packing, reference_packed
@@ -16,10 +17,6 @@ from quest_dist.packed import GPU_STEP
 from quest_dist.packing import TILE, Layout, Nuq, Packed
 
 SINKS = 3
-
-
-def case_of(dtype: torch.dtype, group: int = 4, head_dim: int = 64, page_size: int = 16) -> Case:
-    return Case(dtype, group, page_size, head_dim)
 
 
 def rotation(positions: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -65,10 +62,6 @@ CASES = [
     *(case_of(torch.bfloat16, 4, dim) for dim in (8, 24, 96, 128)),
     *(case_of(torch.bfloat16, 2, 64, size) for size in (1, 8, 32)),
 ]
-
-
-def case_name(case: Case) -> str:
-    return f"{str(case.dtype)[6:]}-g{case.group}-S{case.page_size}-D{case.head_dim}"
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -163,20 +156,7 @@ def test_bits_depend_on_neither_threads_nor_neighbours(isa: str, lists: int) -> 
     case = case_of(torch.bfloat16, 4, 128)
     pool, q, packed = filled(case, 3)
     index, count = random_lists(case, lists, "pages") if lists else (None, None)
-    place = (pool.table, pool.lengths, index, count)
-    try:
-        ops.set_threads(3)
-        together = ops.attend_packed(q, pool.kv, packed, *place)
-    finally:
-        ops.set_threads(None)
-    for row in range(len(case.lengths)):
-        one = slice(row, row + 1)
-        few = [None if x is None else x[one].contiguous() for x in place]
-        parts = (packed.table[one].contiguous(), packed.keys[one], packed.values[one])
-        held = packed._replace(table=parts[0], keys=parts[1], values=parts[2])
-        alone = ops.attend_packed(q[one], pool.kv, held, *few)
-        for got, want in zip(alone, together, strict=True):
-            assert got is None or torch.equal(got[0], want[row])
+    same_alone(pool, q, packed, (pool.table, pool.lengths, index, count))
 
 
 @pytest.mark.parametrize(
