@@ -156,7 +156,7 @@ def test_bits_depend_on_neither_threads_nor_neighbours(isa: str, lists: int) -> 
     case = case_of(torch.bfloat16, 4, 128)
     pool, q, packed = filled(case, 3)
     index, count = random_lists(case, lists, "pages") if lists else (None, None)
-    same_alone(pool, q, packed, (pool.table, pool.lengths, index, count))
+    assert same_alone(pool, q, packed, (pool.table, pool.lengths, index, count))
 
 
 @pytest.mark.parametrize(
