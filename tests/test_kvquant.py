@@ -16,6 +16,7 @@ import quest_dist
 from quest_dist import reference
 from quest_dist.attention_inputs import turned
 from quest_dist.batch import Group, new_batch
+from quest_dist.methods import kvquant
 from quest_dist.methods.full import Full
 from quest_dist.methods.kvquant import KVQuant
 from quest_dist.methods.kvquant_blocks import Rules, cache_bytes, outlier_values, value_bounds
@@ -273,7 +274,9 @@ def test_rows_of_one_prefix_hold_it_once_and_their_own_tokens_apart() -> None:
     assert methods[0]._rows.made == 8
 
 
-def test_rows_of_other_texts_share_nothing() -> None:
+@pytest.mark.parametrize("at_once", [1, 128])
+def test_rows_of_other_texts_share_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvquant, "AT_ONCE", at_once)
     streams = [Stream.random(60, seed=1), Stream.random(60, seed=2)]
 
     def outputs(chosen: list[Stream]) -> Tensor:

@@ -120,12 +120,12 @@ class KVQuant(Method):
         for row, (start, end) in enumerate(zip(rows.starts[0], rows.ends[0], strict=True)):
             full += [(row, block) for block in range(start // TILE, end // TILE)]
             growing += [(row, end // TILE)] * (end % TILE > 0)
-        for some in (full, growing):
-            for first in range(0, len(some), AT_ONCE):
-                lot = some[first : first + AT_ONCE]
+        lots = [full[first : first + AT_ONCE] for first in range(0, len(full), AT_ONCE)]
+        for lot in (*lots, growing):  # those that grow, together: each such put replaces the last
+            if lot:
                 k, v, there = self._tokens(view, lot)
                 ids = [rows.ids[row][block] for row, block in lot]
-                blocks.put(ids, encoded(k, v, there, blocks.rules), full=some is full)
+                blocks.put(ids, encoded(k, v, there, blocks.rules), full=lot is not growing)
 
     def _tokens(self, view: View, lot: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Keys before rotation and values of blocks of rows, fp32 [n, TILE, G, D] each, and which
