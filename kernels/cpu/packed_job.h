@@ -43,6 +43,10 @@ struct Job {
   const std::vector<Tile>& of(int64_t row, int64_t list) const {
     return tiles[static_cast<size_t>(row * lists() + list)];
   }
+  // The number of a tile's block.
+  int64_t id_of(const Tile& tile) const {
+    return (tile.block - packed.data) / (p.kv_heads * layout.bytes);
+  }
   float* of(int64_t row, int64_t split, int64_t head) const {
     return state + ((row * splits + split) * heads + head) * record;
   }

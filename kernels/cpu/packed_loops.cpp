@@ -21,7 +21,7 @@ void widen_tile(const Job& job, const Tile& tile, int64_t kv_head, int of, float
     current_isa().unpack(l, block, tile.within, levels, of == 1, wide);
     return;
   }
-  const int64_t heads = job.p.kv_heads, id = (tile.block - job.packed.data) / (heads * l.bytes);
+  const int64_t heads = job.p.kv_heads, id = job.id_of(tile);
   const int64_t first = static_cast<int64_t>(tile.number) * kBlock, half = l.dim / 2;
   NuqTile one{};
   one.block = block;
@@ -49,7 +49,7 @@ void attend_tile(const Job& job, const Tile& tile, int64_t row, int64_t kv_head,
   const int64_t first = static_cast<int64_t>(tile.number) * kBlock;
   const int32_t ends[2] = {job.packed.keys[row], job.packed.values[row]};
   for (int of = 0; of < 2; ++of) {
-    if (tile.block == nullptr || ends[of] <= first) continue;
+    if (ends[of] <= first) continue;
     widen_tile(job, tile, kv_head, of, wide + of * kBlock * l.dim);
   }
   int64_t rows[kBlock];
@@ -165,7 +165,7 @@ void put_nuq(const Job& job, const Tile& tile, int64_t kv_head, const Tile* late
              int64_t next_head, int at, PackedChunk& chunk, NuqChunk& to) {
   const PackedLayout& l = job.layout;
   const Nuq& nuq = job.packed.nuq;
-  const int64_t heads = job.p.kv_heads, id = (tile.block - job.packed.data) / (heads * l.bytes);
+  const int64_t heads = job.p.kv_heads, id = job.id_of(tile);
   const int64_t first = static_cast<int64_t>(tile.number / 2) * kTurned * (l.dim / 2);
   const auto* norms = reinterpret_cast<const uint8_t*>(nuq.values + id * 2 * kBlock);
   to.value_norms[at] = norms;
@@ -181,8 +181,7 @@ void put_nuq(const Job& job, const Tile& tile, int64_t kv_head, const Tile* late
     to.outliers[of][at] =
         outliers_of(job.packed, l, "attend_packed", heads, id, kv_head, of, &to.count[of][at]);
     if (later != nullptr) {
-      const int64_t next = (later->block - job.packed.data) / (heads * l.bytes);
-      ask_outliers(nuq, next * (2 * heads + 1) + of * heads + next_head);
+      ask_outliers(nuq, job.id_of(*later) * (2 * heads + 1) + of * heads + next_head);
     }
   }
 }
