@@ -167,3 +167,26 @@ def test_a_refused_append_writes_nothing() -> None:
 def test_both_backends_refuse_lists_alike(backend: str) -> None:
     with ops.backend(backend), pytest.raises(ValueError, match="page 1 of row 0 is out of range"):
         attend(**lists([0, 1]))
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize("wrong", [-1, 5, 2**30, -(2**31)])
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("op", ["page_scores", "token_scores", "attend", "gather", "decode"])
+def test_no_page_outside_the_pool_is_looked_at(op: str, place: int, wrong: int, order: str) -> None:
+    pages, heads = 5, 2
+    kv, meta = (x[0] for x in ops.allocate_pages(1, pages, heads, 16, 64, torch.float32))
+    table = torch.arange(4, dtype=torch.int32)[None]
+    if order == "descending":
+        table = table.flip(1).contiguous()
+    table[0, place] = wrong
+    q, lengths, one = torch.ones(1, 4, 64), ints(64), torch.ones(1, heads, 64)
+    calls: dict[str, Callable[[], Any]] = {
+        "page_scores": lambda: ops.page_scores(q, kv, meta, table, lengths, score_open=True),
+        "token_scores": lambda: ops.token_scores(q, kv, table, lengths),
+        "attend": lambda: ops.attend(q, kv, table, lengths),
+        "gather": lambda: ops.gather(kv, table, 64),
+        "decode": lambda: ops.decode(q, kv, meta, table, lengths, ints(2), k=one, v=one),
+    }
+    with pytest.raises(ValueError, match=rf"page_table\[0, {place}\] is {wrong}, but the pool's"):
+        calls[op]()

@@ -10,8 +10,10 @@ using quest::cpu::AttendBlock;
 
 constexpr int kHeads = 8;  // that share one look at the keys
 
-// Of the rows that come next, those asked for beside the keys: about their share of the time.
+// Of the rows that come next, those asked for beside the keys, and up to the end of the
+// exponentials: about their shares of the time.
 constexpr int kKeysShare = 16;
+constexpr int kSoftShare = 20;
 
 // The share of step `step` of `steps` of rows [from, to).
 __attribute__((always_inline)) inline void ask_share(const Ahead& ahead, int from, int to, int step,
@@ -70,11 +72,13 @@ inline void weigh_heads(const float* p, int64_t dim, const T* const* row, int n,
 
 // Scores of some heads become exponentials of a running softmax; what was summed is scaled down
 // where a new maximum appears. Each head's arithmetic is its own.
-inline void soften(const AttendBlock& b, int64_t first, int heads, float* score) {
+inline void soften(const AttendBlock& b, int64_t first, int heads, float* score,
+                   const Ahead& ahead) {
   constexpr int kVectors = kBlock / kLanes;
   Vec sums[kLanes];
   for (int i = 0; i < kLanes; ++i) sums[i] = set1(0.0f);
   for (int h = 0; h < heads; ++h) {
+    ask_share(ahead, kKeysShare, kSoftShare, h, heads);
     float* x = score + h * kBlock;
     const int64_t at = (first + h) * b.stride;
     for (int i = b.n; i < kBlock; ++i) x[i] = -__builtin_inff();
@@ -131,7 +135,7 @@ void keys_widened<float>(const void* q, int64_t heads, int64_t dim, const void* 
 template <typename T>
 void weigh(const float* p, int heads, int64_t dim, const T* const* row, int n, float* sum,
            int64_t pitch, const Ahead& ahead) {
-  ask_share(ahead, kKeysShare, 2 * kBlock, 0, 1);
+  ask_share(ahead, kSoftShare, 2 * kBlock, 0, 1);
   for (int h = 0; h < heads;) {
     const float* weight = p + h * kBlock;
     float* total = sum + h * pitch;
@@ -185,7 +189,7 @@ void attend_block(const AttendBlock& b) {
         for (int i = 0; i < b.n; ++i) raw[i] = score[h * kBlock + i];
       }
     }
-    soften(b, first, heads, score);
+    soften(b, first, heads, score, ahead);
     weigh(score, heads, b.dim, row, b.n, b.sum + first * pitch, pitch, ahead);
     ahead.rows = nullptr;
   }

@@ -52,7 +52,7 @@ struct Plan {
       const int64_t pages = (token.lengths[r] - 1) / p.page_size + 1;
       starts[r] = token.lengths[r] - 1;
       items[r] = static_cast<int32_t>(pages);
-      for (int64_t page = 0; page < pages; ++page) physical(p, "decode", r, page);
+      check_pages(p, "decode", r, pages);
       if (token.keep == nullptr) continue;
       const int64_t keep = token.keep[r];
       if (keep == 0) {

@@ -8,10 +8,13 @@ namespace {
 using quest::cpu::kBlock;
 using quest::cpu::kMaxDim;
 
-// Asks for memory that will be read soon. Always inline: gcc takes a function that only prefetches
+// Asks for memory that will be read soon, and once: past the outer caches, which then keep what is
+// read again. Always inline: gcc takes a function that only prefetches
 // for one that does nothing, and drops calls of it.
 __attribute__((always_inline)) inline void ask(const void* from, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b);
+  for (int64_t b = 0; b < bytes; b += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + b, 0, 0);
+  }
 }
 
 // exp(x) for x <= 0: Cody-Waite reduction and a degree 6 polynomial, relative error below 2e-7;

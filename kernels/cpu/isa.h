@@ -24,6 +24,11 @@ constexpr int kBlock = 16;
 using PageDots = void (*)(const void* weights, int64_t heads, int64_t group, int64_t dim,
                           const void* rows, const void* next, float* out);
 
+// out[h] = the largest, or the mean, of scores[h * group + i], i < group, for `groups` of them. NaN
+// wins. A group has at most kFolded scores.
+using Fold = void (*)(const float* scores, int64_t groups, int64_t group, bool mean, float* out);
+constexpr int64_t kFolded = 32;
+
 // What is read next, the 2 * kBlock rows of a block's keys and values. They are asked for row by
 // row, spread evenly over the arithmetic: a processor follows few lines at once and stalls on more.
 struct Ahead {
@@ -146,6 +151,7 @@ struct Isa {
   PageDots page_dots_int8;   // of metadata in int8; weights are fp32
   PageDots page_pairs_int8;  // of them with weights in bf16, or nullptr
   PageDots page_pairs;  // of bf16 with weights in bf16; nullptr where there are no units for it
+  Fold fold;            // nullptr where there is no fast way
   Extremes extremes[2];
   void (*attend_block[2])(const AttendBlock& block);
   // Puts the channels of a sum of attend_block in order; nullptr where they are.
@@ -153,7 +159,8 @@ struct Isa {
   // x[i] = exp(x[i] - maximum) * inverse in place.
   void (*probabilities)(float* x, int64_t count, float maximum, float inverse);
   // The positions of the `keep` largest scores, ascending; of equal ones the highest positions.
-  // NaN counts as -infinity. `space` holds count + 16 values. nullptr where there is no fast way.
+  // NaN counts as -infinity. `space` holds 2 (count + 16) values. nullptr where there is no fast
+  // way.
   void (*largest)(const float* scores, int64_t count, int64_t keep, uint32_t* space,
                   int32_t* index);
   Prefill prefill;  // nullptr where there is no fast path

@@ -4,6 +4,7 @@
 #include "block.h"
 #include "int4.h"
 #include "packed_block_avx512.h"
+#include "fold_avx512.h"
 #include "largest_avx512.h"
 // clang-format on
 
@@ -20,6 +21,7 @@ const Isa kAvx512 = {
     page_dots_int8,
     nullptr,
     nullptr,
+    fold,
     {extremes<float>, extremes<uint16_t>},
     {attend_block<float, keys_widened<float>, weigh<float>>,
      attend_block<uint16_t, keys_widened<uint16_t>, weigh<uint16_t>>},

@@ -5,7 +5,9 @@
 #include "block.h"
 #include "int4.h"
 #include "int4_avx512bf16.h"
+#include "fold_avx512.h"
 #include "largest_avx512.h"
+#include "pages_avx512bf16.h"
 #include "pairs_avx512bf16.h"
 #include "prefill_avx512bf16.h"
 #include "packed_block_avx512.h"
@@ -25,6 +27,7 @@ const Isa kAvx512Bf16 = {
     page_dots_int8,
     page_pairs<int8_t>,
     page_pairs<uint16_t>,
+    fold,
     {extremes<float>, extremes<uint16_t>},
     {attend_block<float, keys_widened<float>, weigh<float>>,
      attend_block<uint16_t, keys_pairs, weigh_pairs>},

@@ -19,6 +19,7 @@ const Isa kScalar = {
     page_dots_int8,
     nullptr,
     nullptr,
+    nullptr,
     {extremes<float>, extremes<uint16_t>},
     {attend_block<float, keys_widened<float>, weigh<float>>,
      attend_block<uint16_t, keys_widened<uint16_t>, weigh<uint16_t>>},

@@ -83,7 +83,7 @@ inline void keys_rows(const uint16_t* query, Rows row, int n, float scale, float
   }
   Vec part[H][kBlock];
   for (int i = 0; i < n; ++i) {
-    ask_share(ahead, from, to, i, kBlock);
+    ask_share(ahead, from, to - H, i, kBlock);
     __m512bh key[V];
     for (int v = 0; v < V; ++v) key[v] = pairs(row(i) + v * kPairs);
     for (int h = 0; h < H; ++h) {
@@ -93,6 +93,7 @@ inline void keys_rows(const uint16_t* query, Rows row, int n, float scale, float
     }
   }
   for (int h = 0; h < H; ++h) {
+    ask_share(ahead, to - H, to, h, H);
     for (int i = n; i < kBlock; ++i) part[h][i] = set1(0.0f);
     store_part(out + h * stride, mul(set1(scale), reduce(part[h])), n);
   }
@@ -134,52 +135,6 @@ void keys_pairs(const void* q, int64_t heads, int64_t dim, const void* base, con
     } else {
       keys_block(query, heads, dim, Apart{row}, n, scale, out + first, stride, ahead);
     }
-  }
-}
-
-// V vectors of 32 channels in registers, for all the weights that they meet.
-template <int V>
-struct MultiplyPairs {
-  __m512bh row[V];
-  template <typename T>
-  explicit MultiplyPairs(const T* from) {
-    for (int v = 0; v < V; ++v) row[v] = pairs(from + v * kPairs);
-  }
-  Vec operator()(const uint16_t* weight) const {
-    Vec even = set1(0.0f), odd = set1(0.0f);
-    for (int v = 0; v < V; v += 2) {
-      even = _mm512_dpbf16_ps(even, pairs(weight + v * kPairs), row[v]);
-      odd = _mm512_dpbf16_ps(odd, pairs(weight + (v + 1) * kPairs), row[v + 1]);
-    }
-    return add(even, odd);
-  }
-};
-
-// Of rows in bf16, or in int8, whose values bf16 holds exactly.
-template <typename T>
-void page_pairs(const void* weights, int64_t heads, int64_t group, int64_t dim, const void* rows,
-                const void* next, float* out) {
-  const auto by = [&](auto multiply) {
-    page_rows(static_cast<const uint16_t*>(weights), heads, group, dim, static_cast<const T*>(rows),
-              static_cast<const T*>(next), out, multiply);
-  };
-  if (dim == 256) {
-    by([](const T* row) { return MultiplyPairs<8>(row); });
-  } else if (dim == 128) {
-    by([](const T* row) { return MultiplyPairs<4>(row); });
-  } else {
-    by([dim](const T* row) {
-      return [dim, row](const uint16_t* weight) {
-        Vec sum = set1(0.0f);
-        int64_t d = 0;
-        for (; d + kPairs <= dim; d += kPairs) {
-          sum = _mm512_dpbf16_ps(sum, pairs(weight + d), pairs(row + d));
-        }
-        if (d == dim) return sum;
-        const int rest = static_cast<int>(dim - d);
-        return _mm512_dpbf16_ps(sum, pairs_part(weight + d, rest), pairs_part(row + d, rest));
-      };
-    });
   }
 }
 
@@ -258,7 +213,7 @@ inline void weigh_some(const uint32_t* weight, int64_t dim, Rows row, int n, flo
 template <typename Rows>
 inline void weigh_rows(const uint32_t* weight, int heads, int64_t dim, Rows row, int n, float* sum,
                        int64_t pitch, const Ahead& ahead) {
-  const auto share = [heads](int h) { return kKeysShare + (2 * kBlock - kKeysShare) * h / heads; };
+  const auto share = [heads](int h) { return kSoftShare + (2 * kBlock - kSoftShare) * h / heads; };
   for (int h = 0; h < heads;) {
     const uint32_t* p = weight + h * kBlock / 2;
     float* to = sum + h * pitch;

@@ -67,6 +67,15 @@ inline int64_t physical(const Pages& p, const char* op, int64_t row, int64_t pag
   return id;
 }
 
+// The same for a row's first `count` pages.
+inline void check_pages(const Pages& p, const char* op, int64_t row, int64_t count) {
+  const int32_t* id = p.page_table + row * p.row_pages;
+  const uint32_t limit = static_cast<uint32_t>(p.pages < INT32_MAX ? p.pages : INT32_MAX);
+  uint32_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) wrong |= static_cast<uint32_t>(id[i]) >= limit ? 1u : 0u;
+  for (int64_t i = 0; wrong != 0 && i < count; ++i) physical(p, op, row, i);
+}
+
 // Lengths must lie in [1, P * S].
 inline void check_lengths(const Pages& p, const char* op, const int32_t* lengths) {
   for (int64_t r = 0; r < p.rows; ++r) {

@@ -17,16 +17,15 @@ std::vector<T>& mine() {
 }
 
 // Logical pages [0, count) of a row in the order in which they lie in memory, which is read much
-// faster in its own order: a radix sort by the page's id, 11 bits a pass.
-void in_memory_order(const Pages& p, int64_t row, int64_t count, int32_t* order, int32_t* space) {
+// faster in its own order: a radix sort by the page's id, 11 bits a pass. Whether they lay so.
+bool in_memory_order(const Pages& p, int64_t row, int64_t count, int32_t* order, int32_t* space) {
   constexpr int kBits = 11;
   const int32_t* id = p.page_table + row * p.row_pages;
-  bool ascending = true;
-  for (int64_t i = 0; i < count; ++i) {
-    order[i] = static_cast<int32_t>(i);
-    ascending = ascending && (i == 0 || physical(p, "page_scores", row, i) > id[i - 1]);
-  }
-  for (int shift = 0; !ascending && p.pages >> shift > 0; shift += kBits) {
+  check_pages(p, "page_scores", row, count);
+  uint32_t falls = 0;
+  for (int64_t i = 1; i < count; ++i) falls |= id[i] < id[i - 1] ? 1u : 0u;
+  for (int64_t i = 0; i < count; ++i) order[i] = static_cast<int32_t>(i);
+  for (int shift = 0; falls != 0 && p.pages >> shift > 0; shift += kBits) {
     int32_t place[1 << kBits] = {};
     const auto digit = [&](int32_t i) { return id[i] >> shift & ((1 << kBits) - 1); };
     for (int64_t i = 0; i < count; ++i) ++place[digit(order[i])];
@@ -39,6 +38,7 @@ void in_memory_order(const Pages& p, int64_t row, int64_t count, int32_t* order,
     for (int64_t i = 0; i < count; ++i) space[place[digit(order[i])]++] = order[i];
     std::memcpy(order, space, static_cast<size_t>(count) * sizeof(int32_t));
   }
+  return falls == 0;
 }
 
 // [a | b] against [maximum | minimum]: the bound is one dot product of twice the width.
@@ -150,6 +150,11 @@ struct Scoring {
       std::copy(score, score + heads, out);
       return;
     }
+    const Fold fold = current_isa().fold;
+    if (fold != nullptr && group <= kFolded) {
+      fold(score, p.kv_heads, group, reduce == Reduce::kMean, out);
+      return;
+    }
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       float total = score[h * group];
       for (int64_t i = 1; i < group; ++i) {
@@ -191,32 +196,45 @@ void page_scores(const Pages& p, const ByteMeta& bytes, const void* q, int64_t h
     weights[r].make(p, q, r * heads, heads, radius_scale);
     if (bytes.values != nullptr) weights[r].scale(p, bytes, r, heads);
   });
-  int32_t* orders = scratch(mine<int32_t>(), 2 * p.rows * p.row_pages);
+  int32_t* orders = scratch(mine<int32_t>(), 2 * p.rows * p.row_pages + p.rows);
+  int32_t* ordered = orders + 2 * p.rows * p.row_pages;  // rows whose pages lie in their own order
   // The last page of a row is not full yet, or just is; those before it are closed.
   const auto last_page = [&](int64_t r) { return (lengths[r] - 1) / p.page_size; };
   parallel(p.rows, threads, [&](int64_t r) {
     int32_t* order = orders + 2 * r * p.row_pages;
-    in_memory_order(p, r, last_page(r), order, order + p.row_pages);
+    ordered[r] = in_memory_order(p, r, last_page(r), order, order + p.row_pages) ? 1 : 0;
   });
+  const bool all_ordered = std::count(ordered, ordered + p.rows, 1) == p.rows;
   const int64_t parts = (p.row_pages + kPart - 1) / kPart;
-  // Scores stay in that order until all are made: threads that wrote to one row of `out` side by
-  // side would wait for each other's lines of the cache.
+  // Scores of other rows stay in that order until all are made: threads that wrote to one row of
+  // `out` side by side would wait for each other's lines of the cache.
   float* made = scratch(mine<float>(), p.rows * p.row_pages * outputs);
   parallel(p.rows * parts, threads, [&](int64_t task) {
     const int64_t r = task / parts, first = task % parts * kPart, last = last_page(r);
     const int32_t* order = orders + 2 * r * p.row_pages;
     const int64_t end = std::min(first + kPart, p.row_pages), closed = std::min(end, last);
     const Scoring scoring{p, bytes, weights[r], r, heads, group, reduce};
-    float* to = made + (r * p.row_pages + first) * outputs;
+    float* const part = made + (r * p.row_pages + first) * outputs;
+    float* to = part;
     for (int64_t i = first; i < closed; ++i, to += outputs) {
       const void* next = i + 1 < closed ? scoring.meta(order[i + 1]) : nullptr;
       scoring.closed(scoring.meta(order[i]), next, to);
     }
-    if (score_open && first <= last && last < end) scoring.open(last, lengths[r], to);
+    const bool open = score_open && first <= last && last < end;
+    if (open) scoring.open(last, lengths[r], to);
+    if (ordered[r] == 0) return;
+    const int64_t there = std::max(closed + (open ? 1 : 0), first);
+    for (int64_t k = 0; k < outputs; ++k) {
+      float* row = out + (r * outputs + k) * p.row_pages;
+      for (int64_t i = first; i < there; ++i) row[i] = part[(i - first) * outputs + k];
+      std::fill(row + there, row + end, kNever);
+    }
   });
+  if (all_ordered) return;
   parallel(p.rows * outputs, p.rows * outputs * p.row_pages > kPart ? threads : 1,
            [&](int64_t task) {
              const int64_t r = task / outputs, last = last_page(r);
+             if (ordered[r] != 0) return;
              const int32_t* order = orders + 2 * r * p.row_pages;
              const float* from = made + r * p.row_pages * outputs + task % outputs;
              float* row = out + task * p.row_pages;

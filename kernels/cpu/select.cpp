@@ -58,7 +58,8 @@ void select_row(const float* scores, int64_t items, int64_t keep, bool force_las
   if (wanted > 0) {
     Scratch& s = mine();
     if (current_isa().largest != nullptr) {
-      current_isa().largest(scores, competing, wanted, scratch(s.keys, competing + 16), index);
+      current_isa().largest(scores, competing, wanted, scratch(s.keys, 2 * (competing + 16)),
+                            index);
       if (force_last) index[wanted] = static_cast<int32_t>(items - 1);
       return;
     }
