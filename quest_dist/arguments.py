@@ -254,6 +254,11 @@ def _no_nuq(native: ModuleType) -> object:
 
 
 @cache
+def _no_token(native: ModuleType) -> tuple[Any, Any]:
+    return native.Strided(0, 0, 0, 0), native.Angles(0, 0, 0, 0, False)
+
+
+@cache
 def _split(letters: str) -> tuple[str, ...]:
     return tuple(letters.split())
 
@@ -271,10 +276,14 @@ def one_token(
     sin: torch.Tensor | None,
 ) -> tuple[Any, Any, Any, Any]:
     """The new token of `decode`: q, k and v [R, heads, D] as native Strided, the rest as Angles."""
-    none = native.Strided(0, 0, 0, 0)
-    places = (none if x is None else strided(native, x[:, :, None]) for x in (q, k, v))
+    nothing, unturned = _no_token(native)
+
+    def place(x: torch.Tensor | None) -> Any:
+        return nothing if x is None else native.Strided(x.data_ptr(), *x.stride()[:2], 0)
+
+    places = place(q), place(k), place(v)
     if cos is None or sin is None:
-        return *places, native.Angles(0, 0, 0, 0, False)
+        return *places, unturned
     wide = cos.dtype == torch.float32
     turn = (cos.data_ptr(), sin.data_ptr(), cos.stride(0), sin.stride(0))
     return *places, native.Angles(*turn, wide)

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quest_dist import ops
 from quest_dist.methods.quest import pages_to_keep
+from quest_dist.prepared import PreparedDecode
 from quest_dist.shapes import Point
 from quest_dist.timing import Rotation, Side
 
@@ -108,8 +109,13 @@ def copy(size: int, device: torch.device | str) -> Side:
 def dense(cache: Cache, rotation: Rotation) -> Side:
     """Our attention over every token."""
 
+    steps = [
+        PreparedDecode(cache.kv[layer], cache.meta[layer], cache.table, cache.lengths)
+        for layer in range(cache.layers)
+    ]
+
     def attend(layer: int) -> None:
-        ops.attend(cache.q[layer], cache.kv[layer], cache.table, cache.lengths)
+        steps[layer](cache.q[layer])
 
     return Side("dense", {"attend": attend}, (cache.point.dense_bytes(cache.q.dtype),), rotation)
 
@@ -149,6 +155,18 @@ class QuestStep:
         self.pages = pages_to_keep(point.context, budget, point.page_size)
         self.items = _int32([point.context // point.page_size] * point.rows, device)
         self.keep = _int32([self.pages] * point.rows, device)
+        self._steps = [
+            PreparedDecode(
+                cache.kv[layer],
+                cache.meta[layer],
+                cache.table,
+                cache.lengths,
+                self.keep,
+                radius_scale=radius_scale,
+                reduce=lists,
+            )
+            for layer in range(cache.layers)
+        ]
 
     def score(self, layer: int) -> None:
         """Every closed page."""
@@ -175,16 +193,8 @@ class QuestStep:
         )
 
     def whole(self, layer: int) -> ops.Attended:
-        """All of it in one call, without a rotation or a new token."""
-        cache = self.cache
-        place = (cache.kv[layer], cache.meta[layer], cache.table, cache.lengths)
-        return ops.decode(
-            cache.q[layer],
-            *place,
-            self.keep,
-            radius_scale=self.radius_scale,
-            reduce=self.lists,
-        )
+        """All of it in one call, without a rotation or a new token, until the layer's next one."""
+        return self._steps[layer](self.cache.q[layer])
 
     def sides(self, rotation: Rotation) -> list[Side]:
         """The whole, and the three as one sequence with the times of its parts."""

@@ -4,7 +4,7 @@ Evaluates tasks.kernels.Kernels, under the contract of `timing`. A sample is a r
 its own random keys, values and queries (from the point's seed and the sample), on which all points
 of the unit, dense attention and a read of memory are sides in turn, so that ratios are paired.
 Layers rotate, so that every call finds its pages cold. A point's time is that of the whole, one
-`ops.decode` without a new token; its parts are timed beside it, as three ops: score, select,
+`PreparedDecode` without a new token; its parts are timed beside it, as three ops: score, select,
 attend.
 
 Facts of a point (microseconds, medians of a repeat's calls unless they say otherwise):
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quest_dist import attention_sides, graphs, machine_state, ops, timing
+from quest_dist import attention_sides, graphs, machine_state, timing
 from quest_dist.attention_sides import Cache, QuestStep
 from quest_dist.engine import Evaluated
 from quest_dist.methods.method import Method, as_int32
@@ -71,7 +71,8 @@ def evaluate(
     cache = attention_sides.filled(at, layers, loaded.dtype, loaded.device, seed)
     attention_sides.check_dense(cache)
     rotation = Rotation(layers)
-    sides = [attention_sides.read(READ * place.cache, loaded.device), dense(cache, rotation)]
+    dense = replace(attention_sides.dense(cache, rotation), name=FULL)
+    sides = [attention_sides.read(READ * place.cache, loaded.device), dense]
     timed = []
     for method, budget in zip(methods, budgets, strict=True):
         timed.append(_sides(cache, rotation, method, budget, sides))
@@ -119,16 +120,6 @@ def buffers(at: Point, budgets: Sequence[int], dtype: torch.dtype, place: Place)
         calls += 2 * visit * [(size, True)]
     # In warm-up, and where there is one side, calls of one kind follow each other.
     return timing.buffers_needed(calls, REUSE * place.cache)
-
-
-def dense(cache: Cache, rotation: Rotation) -> Side:
-    """Attention over every token by the op that a decode step calls."""
-
-    def attend(layer: int) -> None:
-        place = (cache.kv[layer], cache.meta[layer], cache.table, cache.lengths)
-        ops.decode(cache.q[layer], *place)
-
-    return Side(FULL, {"attend": attend}, (cache.point.dense_bytes(cache.q.dtype),), rotation)
 
 
 def _sides(

@@ -1,7 +1,7 @@
 """Latency mode: rows decode with all their state on the device, so that a step is one CUDA graph.
 
 A `Decoder` continues rows of a pool under a method that is a page rule (see methods.method). One
-`step` embeds a token of every row, runs the model's own layers with `ops.decode` as their
+`step` embeds a token of every row, runs the model's own layers with `PreparedDecode` as their
 attention, and puts the likeliest next tokens in the place of those it read. On a GPU `capture`
 records it once, and `step` replays the record; elsewhere the same code runs as it stands.
 
@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quest_dist import ops
 from quest_dist.attention import PagedCache, Patch, patch
 from quest_dist.backend import compiled_cuda
 from quest_dist.batch import Group
 from quest_dist.engine import check_sample, groups_of, prefill
 from quest_dist.methods.method import PageRule, as_int32
 from quest_dist.pool import Pool, Rows
+from quest_dist.prepared import PreparedDecode
 
 if TYPE_CHECKING:
     from quest_dist.models import LoadedModel
@@ -71,6 +71,8 @@ class Decoder:
         self.logits = torch.zeros(count, vocabulary, dtype=pool.geometry.dtype, device=pool.device)
         #: What each layer attended to in the last step, int32 [R, H].
         self.attended: dict[int, Tensor] = {}
+        self._layers: dict[int, PreparedDecode] = {}
+        self._prepared_for: Tensor | None = None
 
     @property
     def pool(self) -> Pool:
@@ -147,26 +149,30 @@ class Decoder:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append k, v [R, G, 1, D] and attend with q [R, H, 1, D] -> [R, 1, H, D]."""
-        ruled = layer >= self._dense_layers and self._rule.keep is not None
-        result = ops.decode(
-            q[:, :, 0],
-            self.pool.kv[layer],
-            self.pool.meta[layer],
-            self._rows.page_table,
-            self.lengths,
-            self.keep if ruled else None,
-            radius_scale=self._rule.radius_scale,
-            reduce=self._rule.reduce,
-            scale=scale,
-            k=k[:, :, 0],
-            v=v[:, :, 0],
-        )
+        if self._prepared_for is not self.pool.kv:  # it may have grown for other rows
+            self._prepared_for = self.pool.kv
+            self._layers.clear()
+        if layer not in self._layers:
+            ruled = layer >= self._dense_layers and self._rule.keep is not None
+            self._layers[layer] = PreparedDecode(
+                self.pool.kv[layer],
+                self.pool.meta[layer],
+                self._rows.page_table,
+                self.lengths,
+                self.keep if ruled else None,
+                radius_scale=self._rule.radius_scale,
+                reduce=self._rule.reduce,
+                scale=scale,
+            )
+        result = self._layers[layer](q[:, :, 0], k[:, :, 0], v[:, :, 0])
         self.attended[layer] = result.attended
         return result.out[:, None]
 
     def release(self) -> None:
         """Let go of the rows' pages; no step may follow."""
         self._left = 0
+        self._layers.clear()
+        self._prepared_for = None
         self._rows.keep([])
 
     def count(self) -> None:

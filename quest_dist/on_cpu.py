@@ -20,6 +20,18 @@ def prefer_huge_pages(memory: Tensor) -> None:
     compiled().prefer_huge_pages(memory.data_ptr(), memory.nbytes)
 
 
+def attended(a: Arguments, dtype: torch.dtype) -> Attended:
+    """Room for what queries of `dtype` attend to, without probabilities."""
+    rows, heads = a["R"], a["H"]
+    return Attended(
+        out=torch.empty(rows, heads, a["D"], dtype=dtype),
+        attended=torch.empty(rows, heads, dtype=torch.int32),
+        read=torch.empty(rows, a["G"], dtype=torch.int32),
+        probabilities=None,
+        lse=torch.empty(rows, heads, dtype=torch.float32),
+    )
+
+
 def append(
     a: Arguments, kv: Tensor, meta: Tensor, page_table: Tensor, k: Tensor, v: Tensor, starts: Tensor
 ) -> None:
@@ -153,18 +165,11 @@ def decode(
     sin: Tensor | None,
 ) -> Attended:
     """ops.decode; `kind` counts in ops.REDUCTIONS."""
-    native, rows, heads = compiled(), a["R"], a["H"]
-    result = Attended(
-        out=torch.empty(rows, heads, a["D"], dtype=q.dtype),
-        attended=torch.empty(rows, heads, dtype=torch.int32),
-        read=torch.empty(rows, a["G"], dtype=torch.int32),
-        probabilities=None,
-        lse=torch.empty(rows, heads, dtype=torch.float32),
-    )
+    native, result = compiled(), attended(a, q.dtype)
     native.decode(
         a.pages(native, kv, page_table, meta),
         *one_token(native, q, k, v, cos, sin),
-        heads,
+        a["H"],
         lengths.data_ptr(),
         0 if keep is None else keep.data_ptr(),
         radius_scale,

@@ -245,6 +245,33 @@ def decode(
     keep int32 [R]: that many pages are attended to, the last one and the best by `page_scores`; all
     pages where keep < 0, or without it.
     """
+    token = (k, v, cos, sin)
+    a, kind, scale = decode_arguments(
+        q, kv, meta, page_table, lengths, keep, radius_scale, reduce, scale, *token
+    )
+    if by_reference():
+        place = (q, kv, meta, page_table, lengths)
+        return reference.decode(*place, keep, radius_scale, reduce, scale, *token)
+    run = on_cuda.decode if kv.is_cuda else on_cpu.decode
+    return run(a, q, kv, meta, page_table, lengths, keep, radius_scale, kind, scale, *token)
+
+
+def decode_arguments(
+    q: Tensor,
+    kv: Tensor,
+    meta: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None,
+    radius_scale: float,
+    reduce: Reduce,
+    scale: float | None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Arguments, int, float]:
+    """What `decode` is asked, checked: its arguments, the place of `reduce`, and the scale."""
     a = Arguments("decode")
     a.take_pool(kv, page_table, lengths)
     a.floats("meta", meta, "N G 2 D")
@@ -260,13 +287,7 @@ def decode(
             a.floats(name, new, "R G D", contiguous=False)
     if cos is not None:
         a.angles(cos, sin)
-    scale = a["D"] ** -0.5 if scale is None else scale
-    token = (k, v, cos, sin)
-    if by_reference():
-        place = (q, kv, meta, page_table, lengths)
-        return reference.decode(*place, keep, radius_scale, reduce, scale, *token)
-    run = on_cuda.decode if kv.is_cuda else on_cpu.decode
-    return run(a, q, kv, meta, page_table, lengths, keep, radius_scale, kind, scale, *token)
+    return a, kind, a["D"] ** -0.5 if scale is None else scale
 
 
 def token_scores(

@@ -32,7 +32,7 @@ LAYERS = (
     ("_cpu", "_cuda", "backend", "metadata", "nuq", "packing"),
     ("arguments", "reference", "reference_prefill", "reference_packed"),
     ("on_cpu", "on_cuda", "page_requests", "on_flashinfer", "faults", "ops", "prefill", "packed"),
-    ("int4", "token_tree"),
+    ("int4", "token_tree", "prepared"),
     ("tasks/", "ledger", "cost", "stats", "anytime", "search", "machine_state", "shapes", "places"),
     ("bundled", "weights", "artefacts"),
     ("pool", "batch", "group", "methods/", "details", "timing", "graphs"),
