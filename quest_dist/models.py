@@ -254,12 +254,20 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
             where, trust_remote_code=False, **extra
         )
         model: Any
+        read_in: Any
         if read["weight_format"] == "stored4":
             model = _stored4(read, where, extra, dtype)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra
+            model, read_in = transformers.AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
             )
+            layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+            weights.check_all_read(read_in, layers)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model {read['repo'] or where}: cannot be loaded ({reason})") from error

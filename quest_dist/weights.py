@@ -7,6 +7,7 @@ both are looked at first. Standard library and huggingface_hub only, the latter 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,23 @@ def _check(path: Path, where: str) -> None:
                 f"{where}: {path.name} names the weights {name!r}; only its own .safetensors"
                 " files are read"
             )
+
+
+def check_all_read(read_in: Mapping[str, Any], layers: int | None) -> None:
+    """Raise ValueError where a model of `layers` layers (None: not known) has weights that its
+    files lack, which transformers makes up, or they hold more layers, which it leaves out.
+
+    `read_in` is what from_pretrained says of its loading.
+    """
+    if missing := sorted(read_in["missing_keys"]):
+        raise ValueError(
+            f"its configuration asks for {len(missing)} weights that its files lack, such as"
+            f" {missing[0]}"
+        )
+    numbered = ((key, re.search(r"\blayers\.(\d+)\.", key)) for key in read_in["unexpected_keys"])
+    more = sorted(key for key, found in numbered if found and layers and int(found[1]) >= layers)
+    if more:
+        raise ValueError(f"its configuration has {layers} layers, but its files hold {more[0]}")
 
 
 def quantisation(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -149,6 +150,24 @@ def test_a_broken_folder_is_one_line(local, tmp_path):
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be loaded") as caught:
         models.load(settings(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (5, r"asks for 9 weights that its files lack, such as model.layers.4.input_layernorm"),
+        (3, r"configuration has 3 layers, but its files hold model.layers.3.input_layernorm"),
+    ],
+)
+def test_a_folder_of_other_weights_is_refused(local, tmp_path, layers, message):
+    """transformers would make up a layer, or leave one out, and answer all the same."""
+    for path in local.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((local / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    with pytest.raises(ValueError, match=message) as caught:
+        models.load(settings(tmp_path, chat="template"), device="cpu")
     assert "\n" not in str(caught.value)
 
 
