@@ -254,11 +254,11 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
             where, trust_remote_code=False, **extra
         )
         model: Any
-        read_in: Any
+        auto: Any = transformers.AutoModelForCausalLM
         if read["weight_format"] == "stored4":
             model = _stored4(read, where, extra, dtype)
         else:
-            model, read_in = transformers.AutoModelForCausalLM.from_pretrained(
+            model, read_in = auto.from_pretrained(
                 where,
                 dtype=dtype,
                 use_safetensors=True,
