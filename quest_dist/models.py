@@ -9,7 +9,6 @@ driver, and only `load`, in a worker, pays for the libraries.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +165,7 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {**kept, "weights": bundled.content(), "recipe": bundled.RECIPE}
     if read["source"] == "hub":
         return {**kept, "repo": read["repo"], "revision": read["revision"]}
-    return {**kept, "weights": _fingerprint(_local(read["path"]))}
+    return {**kept, "weights": weights.fingerprint(_local(read["path"]))}
 
 
 def shape_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,26 +198,6 @@ def unloaded(settings: Mapping[str, Any], device: str = "cpu") -> UnloadedModel:
     label = str(settings.get("label", "model"))
     bits = int(found.get("weight_bits", 16))
     return UnloadedModel(label, shape, getattr(torch, dtype), language, placed, bits)
-
-
-def _fingerprint(folder: Path) -> str:
-    """Digest a model's configuration, tokenizer and the header of each weights file.
-
-    A safetensors header names every tensor with its place; with the file's size and its first and
-    last bytes of data this tells models apart without reading gigabytes.
-    """
-    sha = hashlib.sha256()
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    for path in sorted(folder / name for name in names):
-        sha.update(path.read_bytes() if path.is_file() else b"-")
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        sha.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            sha.update(file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            sha.update(file.read())
-    return sha.hexdigest()[:16]
 
 
 def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
