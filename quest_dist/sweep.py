@@ -55,20 +55,20 @@ def in_one_line(command: Callable[[], int]) -> int:
         if full_errors:
             raise
         return _mistake(str(error))
-    except OSError as error:
-        if full_errors or error.errno not in DISK:
+    except Exception as error:
+        from quest_dist import mistakes
+
+        if full_errors:
+            raise
+        if isinstance(error, mistakes.ERRORS):  # some are OSErrors, too
+            return _mistake(mistakes.explain(error, compose.defaults))
+        if not isinstance(error, OSError) or error.errno not in DISK:
             raise
         return _mistake(
             f"{error.filename or 'output_dir'}: {error.strerror}; what is finished is kept: make"
             " room, and the same command goes on from here",
             INCOMPLETE,
         )
-    except Exception as error:
-        from quest_dist import mistakes
-
-        if full_errors or not isinstance(error, mistakes.ERRORS):
-            raise
-        return _mistake(mistakes.explain(error, compose.defaults))
 
 
 def _hydra(arguments: list[str]) -> int:

@@ -203,6 +203,8 @@ def test_a_point_is_named_by_its_own_dense_layers_not_by_where_they_came_from() 
         ),
         (["+sweep=smoke", "-m"], r"-m: a sweep expands its own grid"),
         (["+sweep=smoke", "--config-dir", "/x"], r"--config-dir: .*'hydra.searchpath=\["),
+        (["--cfg", "job", "+sweep=passky"], r"unknown sweep 'passky'; did you mean 'passkey'\?"),
+        (["--info", "defaults", "data=file"], r"unknown data 'file'; did you mean 'files'"),
         (["+sweep=smoke", "hydra.run.dir=x"], r"hydra.run.dir: .*output_dir says where"),
         (["+sweep=smoke", "hydra.searchpath=[file:///nowhere]"], r"'file:///nowhere' is not a f"),
         (["+sweep=smoke", "grid.budget=64,128"], r"a list, as in 'grid.budget=\[64,128\]'$"),
