@@ -16,7 +16,7 @@ import synthetic_sweep as synthetic
 import tiny_sweep
 from rich.console import Console
 
-from quest_dist import closing, compose, figures, launch, sweep, welcome
+from quest_dist import closing, compose, figures, launch, sweep, welcome, work
 from quest_dist.folders import find
 from quest_dist.parts import combined
 from quest_dist.plan import Point
@@ -319,6 +319,19 @@ def test_hydra_answers_at_once_and_without_heavy_imports(flag: str, tmp_path: Pa
     assert done.stdout.endswith("[]\n")
     assert "longbench_budgets" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_what_no_worker_here_holds_estimates_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, "worker_memory", lambda resources: 2**30)
+    given = ["+sweep=passkey", "profile=paper", "plan=true"]
+    status, out, _ = command(capsys, *given)
+    assert status == 0
+    assert "nothing that is left can be begun" in out
+    assert "0:00" not in out
+    assert "0.0 GiB" not in out
 
 
 def test_a_plan_says_what_would_run_and_writes_nothing(
