@@ -146,8 +146,6 @@ def checked(record: object, where: str) -> Record:
     answers = record.get("answers")
     if not (isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)):
         raise ValueError(f"{where}: field 'answers' is missing or not a list of at least one text")
-    if not any(answer.strip() for answer in answers):
-        raise ValueError(f"{where}: field 'answers' holds empty texts only, which score 0 always")
     if not record["context"]:
         raise ValueError(f"{where}: field 'context' is empty")
     for text in (record["context"], record["input"], *answers):
