@@ -69,7 +69,8 @@ class Tracker:
         named = os.environ.get("MLFLOW_EXPERIMENT_NAME") or settings.get("experiment")
         self.experiment = str(named or f"quest_dist/{sweep.name}")
         self.user = sweep.user or _user()
-        self._identity = functools.cache(ledger.identity)  # asked of every row at every sync
+        # Asked of every row at every sync.
+        self._identity = functools.cache(lambda point: self.ledger.identity(point))
         self._store: Store | None = None
         self._texts = texts
         self._shown: dict[str, Row] = {}  # point key -> its row as last synced
