@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -282,6 +283,11 @@ def method_named(name: str, **settings: Any) -> Spec:
     return Spec(name, {**defaults, **settings})
 
 
+def _check_whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+
+
 @contextmanager
 def patched(
     model: PreTrainedModel,
@@ -299,6 +305,13 @@ def patched(
     the method or the model cannot do.
     """
     spec = method_named(method, **settings)
+    if budget is not None:
+        _check_whole("budget", budget, 1)
+    _check_whole("page_size", page_size, 1)
+    _check_whole("dense_layers", dense_layers, 0)
+    geometry = geometry_of(model)
+    if dense_layers > geometry.layers:
+        raise ValueError(f"dense_layers={dense_layers}: the model has {geometry.layers} layers")
     probe: Method = spec.build()
     if probe.budgeted:
         if budget is None:
@@ -307,7 +320,7 @@ def patched(
         raise ValueError(f"budget={budget}: method {method!r} has no budget")
     artefacts.check_named(spec)
     probe.check_layers(budget, page_size)
-    probe.check_backend(model.device.type, str(model.dtype), geometry_of(model).head_dim)
+    probe.check_backend(model.device.type, str(model.dtype), geometry.head_dim)
 
     def fresh_groups(rows: int) -> list[Group]:
         return [Group(spec.build(), [budget or 0] * rows, dense_layers)]

@@ -17,6 +17,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import (
     InterpolationKeyError,
@@ -244,9 +246,23 @@ def _environment(name: str, default: Any = _UNSET, *, _node_: Node) -> str | Non
 
 
 def _searchpath(arguments: Sequence[str]) -> list[Path]:
-    named = (a.partition("=")[2] for a in arguments if a.startswith("hydra.searchpath="))
-    entries = [entry for text in named for entry in re.split(r"[\[\],'\" ]+", text) if entry]
-    return [Path(entry.removeprefix("file://")) for entry in entries if "pkg:" not in entry]
+    """The folders that `hydra.searchpath` names. Hydra would pass over one that is not there."""
+    found = []
+    for argument in arguments:
+        if not argument.startswith("hydra.searchpath="):
+            continue
+        try:
+            named = OverridesParser.create().parse_override(argument).value()
+        except HydraException:
+            continue  # said where all overrides are read
+        for entry in named if isinstance(named, list) else []:
+            folder = Path(str(entry).removeprefix("file://"))
+            if "pkg:" in str(entry):
+                continue
+            if not folder.is_dir():
+                raise ValueError(f"hydra.searchpath: '{entry}' is not a folder")
+            found.append(folder)
+    return found
 
 
 def _one_line(text: str) -> str:

@@ -28,6 +28,9 @@ def show(sweep: Sweep, work: Work, ledger: Ledger | None, out: Console) -> None:
         methods = ", ".join(dict.fromkeys(point.method.name for point in part.points))
         out.print(f"methods: {methods}", markup=False)
     units = work.all_units
+    if work.refused and not units:
+        out.print("no worker here can hold what is left, so it has no estimate; nothing was run")
+        return
     memory = max((cost.worker_bytes(unit.points) for unit in units), default=0)
     measured = ledger is not None and any(
         ledger.pace(unit.first.model.name, unit.first.task.name) for unit in units

@@ -119,7 +119,8 @@ def _announce(sweep: Sweep, ledger: Ledger | None, work: Work, out: Console) -> 
     if have:
         line += f", {have} of them done"
     left = len(work.all_units)
-    line += f"; {left} units left" if left else "; nothing left to run"
+    none = "nothing that is left can be begun" if work.refused else "nothing left to run"
+    line += f"; {left} units left" if left else f"; {none}"
     line += f", {len(work.alone)} of them timed alone" if work.alone else ""
     out.print(f"[bold]{line}[/]")
     for refused in work.refused:

@@ -282,11 +282,18 @@ def check_record(record: Mapping[str, Any]) -> None:
 def lock(directory: str | Path) -> Iterator[None]:
     """Hold an output directory for this process; a crash releases it.
 
-    Raises ValueError that names the process which holds it.
+    Raises ValueError that names the process which holds it, or says why it cannot be written.
     """
     path = Path(directory) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(
+            f"output_dir={directory}: no folder that can be written ({error.strerror}:"
+            f" {error.filename})"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

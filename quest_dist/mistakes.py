@@ -29,6 +29,10 @@ def explain(error: Exception, defaults: Callable[[], Mapping[str, Any]]) -> str:
         return (
             f"cannot read the override {error.override!r} ({_line(text.splitlines()[0])}); {quoted}"
         )
+    if found := re.search(r"(?:Sweep parameters|Ambiguous value for argument) '(\S+)'", text):
+        key, _, value = found[1].partition("=")
+        listed = f"{key}=[{value}]" if "(" not in value else f"{key}=[...]"
+        return f"{found[1]}: a sweep expands its own grid; give a list, as in '{listed}'"
     if found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
         return f"'{found[1]}=' needs a plus: +{found[1]}=NAME"
     if found := re.search(r"Could not override '([^']+)'", text):

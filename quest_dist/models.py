@@ -9,7 +9,6 @@ driver, and only `load`, in a worker, pays for the libraries.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +165,7 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {**kept, "weights": bundled.content(), "recipe": bundled.RECIPE}
     if read["source"] == "hub":
         return {**kept, "repo": read["repo"], "revision": read["revision"]}
-    return {**kept, "weights": _fingerprint(_local(read["path"]))}
+    return {**kept, "weights": weights.fingerprint(_local(read["path"]))}
 
 
 def shape_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,26 +198,6 @@ def unloaded(settings: Mapping[str, Any], device: str = "cpu") -> UnloadedModel:
     label = str(settings.get("label", "model"))
     bits = int(found.get("weight_bits", 16))
     return UnloadedModel(label, shape, getattr(torch, dtype), language, placed, bits)
-
-
-def _fingerprint(folder: Path) -> str:
-    """Digest a model's configuration, tokenizer and the header of each weights file.
-
-    A safetensors header names every tensor with its place; with the file's size and its first and
-    last bytes of data this tells models apart without reading gigabytes.
-    """
-    sha = hashlib.sha256()
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    for path in sorted(folder / name for name in names):
-        sha.update(path.read_bytes() if path.is_file() else b"-")
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        sha.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            sha.update(file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            sha.update(file.read())
-    return sha.hexdigest()[:16]
 
 
 def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
@@ -254,12 +233,20 @@ def load(settings: Mapping[str, Any], device: str = "cpu") -> LoadedModel:
             where, trust_remote_code=False, **extra
         )
         model: Any
+        auto: Any = transformers.AutoModelForCausalLM
         if read["weight_format"] == "stored4":
             model = _stored4(read, where, extra, dtype)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra
+            model, read_in = auto.from_pretrained(
+                where,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
             )
+            layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+            weights.check_all_read(read_in, layers)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model {read['repo'] or where}: cannot be loaded ({reason})") from error

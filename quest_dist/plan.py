@@ -228,10 +228,13 @@ def check_grid(grid: Mapping[str, Sequence[Any]], specs: Mapping[str, Mapping[st
                     raise ValueError(f"grid.{axis}: unknown {axis} '{value}'; {hint}")
             else:
                 least = 0 if axis in ("seed", "dense_layers") else 1
+                most = 2**63 - 1 if axis == "seed" else 2**31 - 1  # what stores and kernels hold
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
                     raise ValueError(
                         f"grid.{axis}: expected whole numbers of at least {least}, got {value!r}"
                     )
+                if value > most:
+                    raise ValueError(f"grid.{axis}: expected at most {most}, got {value}")
 
 
 def _rule(

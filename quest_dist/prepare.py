@@ -6,19 +6,26 @@ settings, budgets that a method cannot honour, data that is missing or malformed
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from quest_dist import artefacts, cluster, figures, matched, models, plan, redact, task_models
 from quest_dist.cluster import Cluster
 from quest_dist.plan import Point, Spec
 from quest_dist.search import Search
+from quest_dist.suggest import did_you_mean
 from quest_dist.tasks.task import Task
 
 _CHOSEN = ("model", "method", "task")
+#: Schemes of the addresses that MLflow's own stores have; plugins add theirs.
+_STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
     cluster.check(resources)
     search = Search(**config["search"])
     search.check()
+    _check_tracking(config["tracking"])
     specs = {group: specs_of(config[group], group) for group in _CHOSEN}
     _check_chosen(config)
     plan.check_grid(grid, specs)
@@ -123,7 +131,9 @@ def prepare(config: Mapping[str, Any]) -> Sweep:
 
 
 def output_dir(config: Mapping[str, Any]) -> Path:
-    """Where a configuration's results go."""
+    """Where a configuration's results go. Raises ValueError where that is left empty."""
+    if not str(config["output_dir"]).strip():
+        raise ValueError("output_dir is empty: name a folder ('.' for the current one)")
     return Path(config["output_dir"]).expanduser().absolute()
 
 
@@ -141,6 +151,9 @@ def specs_of(options: Mapping[str, Any], group: str) -> dict[str, Spec]:
                 f"{group}.{name}: not an option of {group}; choose options in the grid, as in"
                 f" 'grid.{group}=[NAME]'"
             )
+        for key, value in settings.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{group}.{name}.{key}={value}: expected a finite number")
     return {name: Spec(name, settings) for name, settings in options.items()}
 
 
@@ -162,6 +175,26 @@ def _check_chosen(config: Mapping[str, Any]) -> None:
                 f"grid.{group}={grid[group]}, but {group}={options[0]} loads no other {group};"
                 f" to choose, give 'grid.{group}=[{options[0]}]' instead"
             )
+
+
+def _check_tracking(settings: Mapping[str, Any]) -> None:
+    """A store that does not answer may come back; one that MLflow has no way to reach will not."""
+    if not settings["enabled"]:
+        return
+    of_environment = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = str(of_environment or settings["uri"] or "")
+    said = f"{'MLFLOW_TRACKING_URI' if of_environment else 'tracking.uri'}={redact.text(uri)}"
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if not uri or scheme in _STORES:
+        return
+    if scheme in ("", "file"):
+        if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
+            raise ValueError(
+                f"{said}: MLflow keeps no runs in a folder unless MLFLOW_ALLOW_FILE_STORE=true;"
+                " choose sqlite:////path/to/mlflow.db, or the http address of a server"
+            )
+    elif scheme not in entry_points(group="mlflow.tracking_store").names:
+        raise ValueError(f"{said}: no store of MLflow; {did_you_mean(scheme, _STORES)}")
 
 
 def _named(settings: Mapping[str, Any], group: str) -> Spec:
@@ -200,7 +233,10 @@ def _tasks(
             read = replace(source, name=task.made_of) if task.made_of else source
             data[name] = plan.with_content(read, task.identity())
         except ValueError as error:
-            raise ValueError(f"task {name}: {error}") from error
+            # A class says `task.length` of the option that it is given for.
+            own = "|".join(map(re.escape, specs[name].settings))
+            text = re.sub(rf"\btask\.(?=(?:{own})\b)", f"task.{name}.", str(error))
+            raise ValueError(f"task {name}: {text}") from error
         if count < 1:
             raise ValueError(f"task {name}: there are no samples")
         tasks[name] = task

@@ -22,6 +22,8 @@ from typing import Any
 from quest_dist import plan
 from quest_dist.table import Record, Row
 
+#: What of a point's identity is settings that a person chooses between.
+SETTINGS = ("protocol", "method", "model")
 LONGEST_TEXT = 500  # MLflow takes 6000 of a parameter; a person reads less
 OUTCOME = ("sample", "score", "prediction", "reference")
 COST = ("attended", "context_tokens", "new_tokens", "seconds")
@@ -76,10 +78,12 @@ class Run:
         return plan.digest(plain)
 
 
-def curve_key(row: Row) -> str:
-    """The key of the curve a row belongs to: all it stands for but task and budget."""
+def curve_key(row: Row, identity: Mapping[str, Any]) -> str:
+    """The key of the curve a row belongs to: all it stands for (`identity`) but task and budget, so
+    that launches with other settings of a method do not meet in one line."""
     own = (row.method, row.label, row.page_size, row.dense_layers)
-    return plan.digest([list(map(str, row.setting)), list(map(str, own))])
+    settings = [identity.get(group) for group in SETTINGS]
+    return plan.digest([list(map(str, row.setting)), list(map(str, own)), settings])
 
 
 def point_run(row: Row, identity: Mapping[str, Any], records: Sequence[Record]) -> Run:
@@ -128,7 +132,7 @@ def point_run(row: Row, identity: Mapping[str, Any], records: Sequence[Record]) 
         metrics=tuple((k, v, row.n, ended) for k, v in found.items() if not math.isnan(v)),
         params=_params(row, identity),
         tags=tags,
-        parent=curve_key(row),
+        parent=curve_key(row, identity),
         samples=_samples(records),
     )
 
@@ -145,9 +149,10 @@ def curve_runs(
     grouped: dict[str, list[Row]] = {}
     places: dict[str, int] = {}
     for row in rows:
-        places.setdefault(curve_key(row), len(places))
+        key = curve_key(row, identity(row.point) or {})
+        places.setdefault(key, len(places))
         if row.status != "missing":
-            grouped.setdefault(curve_key(row), []).append(row)
+            grouped.setdefault(key, []).append(row)
     pages = len({row.page_size for row in rows if row.budget is not None}) > 1
     dense = len({row.dense_layers for row in rows if row.budget is not None}) > 1
     models = len({row.model for row in rows}) > 1
@@ -172,7 +177,11 @@ def curve_runs(
                 metrics=tuple(
                     m for row in members if row.status == "finished" for m in _dots(row, rows)
                 ),
-                params={k: v for k, v in _params(first, {}).items() if k not in ("task", "budget")},
+                params={
+                    name: value
+                    for name, value in _params(first, identity(first.point) or {}).items()
+                    if name not in ("task", "budget")
+                },
                 tags={
                     "mlflow.note.content": f"**{first.label}** over {', '.join(tasks)}. In the "
                     "charts, step is the token budget.",
@@ -260,7 +269,7 @@ def _params(row: Row, identity: Mapping[str, Any]) -> dict[str, str]:
         "data": row.data,
         "protocol": row.protocol,
     }
-    for group in ("protocol", "method", "model"):
+    for group in SETTINGS:
         for key, value in identity.get(group, {}).items():
             if key not in ("name", "_target_") and isinstance(value, str | int | float | list):
                 params[f"{group}.{key}"] = value

@@ -12,6 +12,7 @@ Everything that concerns Ray is in this module and those two.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -107,7 +108,15 @@ class Tuned:
             self.storage.rmdir()
         self._ending.set()
         if self._started:
-            ray.shutdown()
+            # Tune leaves references to Ray's objects in cycles; whichever thread frees one between
+            # two steps of the shutdown has Ray end the whole process.
+            collecting = gc.isenabled()
+            gc.disable()
+            try:
+                ray.shutdown()
+            finally:
+                if collecting:
+                    gc.enable()
             # A cluster that is attached to later may be one of many machines.
             ray_constants.ENABLE_RAY_CLUSTER = self._joining[1]
             os.environ.pop(_JOINING, None)

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,14 @@ PRESENTATION = frozenset({"label", "title", "color", "marker", "budgeted", "shap
 QUANTITY = frozenset({"samples"})
 #: Whose classes a configuration may have made: a name is no way to reach any other code.
 _TARGETS = re.compile(r"quest_dist\.(?:methods|tasks)(?:\.[a-z][a-z0-9_]*)+\.[A-Za-z][A-Za-z0-9]*")
+#: What a parameter may be declared as, as YAML can write it: how it is told, and its name.
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "int": (lambda value: type(value) is int, "a whole number"),
+    "float": (lambda value: type(value) is int or _is_finite(value), "a number"),
+    "bool": (lambda value: type(value) is bool, "true or false"),
+    "str": (lambda value: type(value) is str, "text"),
+    "None": (lambda value: value is None, "null"),
+}
 
 
 def canonical(value: Any) -> str:
@@ -118,6 +127,9 @@ class Spec:
             ]
             if absent:
                 raise ValueError(f"{self.name}.{absent[0]}: this setting is required and not set")
+        for key, value in settings.items():
+            if key in parameters and (wanted := _misses(value, parameters[key].annotation)):
+                raise ValueError(f"{self.name}.{key}={value!r}: expected {wanted}")
         try:
             return target(**settings, **extra)
         except (TypeError, AttributeError) as error:  # a list where a number belongs
@@ -142,6 +154,20 @@ def with_content(spec: Spec, content: Mapping[str, Any]) -> Spec:
 
 def _is_public_class(name: str, value: object, module: str) -> bool:
     return isinstance(value, type) and value.__module__ == module and not name.startswith("_")
+
+
+def _misses(value: object, annotation: object) -> str:
+    """What a parameter takes, where it is declared as plain values and this is none of them: Python
+    would compute with half a token, and take `maybe` for true."""
+    declared = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    kinds = [kind.strip() for kind in declared.split("|")]
+    if not set(kinds) <= set(_KINDS) or any(_KINDS[kind][0](value) for kind in kinds):
+        return ""
+    return " or ".join(_KINDS[kind][1] for kind in kinds)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,20 +55,20 @@ def in_one_line(command: Callable[[], int]) -> int:
         if full_errors:
             raise
         return _mistake(str(error))
-    except OSError as error:
-        if full_errors or error.errno not in DISK:
+    except Exception as error:
+        from quest_dist import mistakes
+
+        if full_errors:
+            raise
+        if isinstance(error, mistakes.ERRORS):  # some are OSErrors, too
+            return _mistake(mistakes.explain(error, compose.defaults))
+        if not isinstance(error, OSError) or error.errno not in DISK:
             raise
         return _mistake(
             f"{error.filename or 'output_dir'}: {error.strerror}; what is finished is kept: make"
             " room, and the same command goes on from here",
             INCOMPLETE,
         )
-    except Exception as error:
-        from quest_dist import mistakes
-
-        if full_errors or not isinstance(error, mistakes.ERRORS):
-            raise
-        return _mistake(mistakes.explain(error, compose.defaults))
 
 
 def _hydra(arguments: list[str]) -> int:
@@ -78,12 +79,22 @@ def _hydra(arguments: list[str]) -> int:
             f"{refused.pop()}: a sweep expands its own grid; give lists instead,"
             " as in 'grid.budget=[256,512]'"
         )
+    for argument in arguments:
+        key = argument.lstrip("+~").partition("=")[0]
+        if re.match(r"hydra[./]", key) and key != "hydra.searchpath":
+            raise ValueError(
+                f"{key}: Hydra composes the configuration here and runs nothing; of its settings"
+                " only hydra.searchpath is read (output_dir says where results go)"
+            )
     options = [argument.split("=")[0] for argument in arguments if argument.startswith("-")]
     if not options:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         return _run(*compose.composed_with_text(arguments), arguments)
     if not PRINTING & set(options):
-        raise ValueError(f"{options[0]}: a sweep is run by overrides alone; see --help")
+        raise ValueError(
+            f"{options[0]}: a sweep is run by overrides alone; see --help (a folder of your own"
+            " YAML files joins with 'hydra.searchpath=[file:///my/conf]')"
+        )
     import hydra
 
     compose.check_printable([a for a in arguments if a[:1] != "-" and ("=" in a or a[:1] == "~")])

@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import getpass
 import logging
 import os
@@ -68,6 +69,8 @@ class Tracker:
         named = os.environ.get("MLFLOW_EXPERIMENT_NAME") or settings.get("experiment")
         self.experiment = str(named or f"quest_dist/{sweep.name}")
         self.user = sweep.user or _user()
+        # Asked of every row at every sync.
+        self._identity = functools.cache(lambda point: self.ledger.identity(point))
         self._store: Store | None = None
         self._texts = texts
         self._shown: dict[str, Row] = {}  # point key -> its row as last synced
@@ -165,13 +168,13 @@ class Tracker:
     def _sync(self, rows: Sequence[Row], closed: bool, note: str = "") -> None:
         store = self._open()
         run_id = store.put(projection.sweep_run(rows, self.sweep, closed, note))
-        for run in projection.curve_runs(rows, self.ledger.identity):
+        for run in projection.curve_runs(rows, self._identity):
             store.put_curve(run)
         shown = {"finished", "failed", "partial"} if closed else {"finished", "failed"}
         for row in rows:
             before = self._shown.get(row.point)  # a row may hold NaN, which differs from itself
             if row.status in shown and before is not row and repr(before) != repr(row):
-                identity = self.ledger.identity(row.point) or {}
+                identity = self._identity(row.point) or {}
                 store.put(projection.point_run(row, identity, self.ledger.records(row.point)))
                 self._shown[row.point] = row
         store.gather()

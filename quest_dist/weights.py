@@ -1,4 +1,5 @@
-"""Weights: which files a model's weights may be read from: its own safetensors, nothing else.
+"""Weights: which files a model's weights may be read from: its own safetensors, nothing else; and
+what tells the weights of two folders apart.
 
 transformers reads what an index or a configuration names, and unpickles what is no safetensors; so
 both are looked at first. Standard library and huggingface_hub only, the latter for repositories.
@@ -6,13 +7,30 @@ both are looked at first. Standard library and huggingface_hub only, the latter 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+#: What else of a folder prompts and answers depend on.
+BESIDE = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+SAMPLED = 4096  # bytes read at a place of a tensor
 #: What an AWQ checkpoint must say of itself to be read here.
 AWQ_GROUPS = (32, 64, 128)
 AWQ: Mapping[str, Any] = {
@@ -73,6 +91,57 @@ def _check(path: Path, where: str) -> None:
                 f"{where}: {path.name} names the weights {name!r}; only its own .safetensors"
                 " files are read"
             )
+
+
+def check_all_read(read_in: Mapping[str, Any], layers: int | None) -> None:
+    """Raise ValueError where a model of `layers` layers (None: not known) has weights that its
+    files lack, which transformers makes up, or they hold more layers, which it leaves out.
+
+    `read_in` is what from_pretrained says of its loading.
+    """
+    if missing := sorted(read_in["missing_keys"]):
+        raise ValueError(
+            f"its configuration asks for {len(missing)} weights that its files lack, such as"
+            f" {missing[0]}"
+        )
+    numbered = ((key, re.search(r"\blayers\.(\d+)\.", key)) for key in read_in["unexpected_keys"])
+    more = sorted(key for key, found in numbered if found and layers and int(found[1]) >= layers)
+    if more:
+        raise ValueError(f"its configuration has {layers} layers, but its files hold {more[0]}")
+
+
+def fingerprint(folder: Path) -> str:
+    """Digest a model's configuration, tokenizer and chat template, and of each weights file the
+    header, and the first and the middle bytes of every tensor.
+
+    Training changes a tensor nearly everywhere, so this tells models apart that differ in one,
+    without reading gigabytes. A few numbers that were changed by hand it may not see.
+    """
+    sha = hashlib.sha256()
+    for name in BESIDE:
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        sha.update(f"{name} {len(content)} ".encode() + content)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = min(int.from_bytes(file.read(8), "little"), size)
+            header = file.read(length)
+            sha.update(f"{path.name} {size} ".encode() + header)
+            for start in _places(header):
+                file.seek(8 + length + start)
+                sha.update(file.read(SAMPLED))
+    return sha.hexdigest()[:16]
+
+
+def _places(header: bytes) -> list[int]:
+    """Where the tensors of a safetensors header begin, and their middles; none where it is no such
+    header, which loading will say."""
+    try:
+        tensors: dict[str, Any] = json.loads(header)
+        spans = [what["data_offsets"] for name, what in tensors.items() if name != "__metadata__"]
+        return [place for begin, end in spans for place in (begin, (begin + end) // 2)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
 
 
 def quantisation(folder: Path) -> Any:

@@ -51,6 +51,17 @@ def test_a_tiny_run_has_every_figure(dtype: torch.dtype, tmp_path: Path) -> None
     assert sum(part["p5"] for part in parts) <= whole["p95"]
 
 
+def test_results_that_could_not_be_written_are_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    place = tmp_path / "file" / "below.json"
+    assert main(["attention", "--json", str(place), "--seconds", "1000"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --json={place}: cannot be written")
+    assert main(["attention", "--json", str(tmp_path / "new.json"), "--seconds", "-1"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_shared_rows_and_single_calls_compute_the_same() -> None:
     cache = sides.filled(Point(TINY["8b"], 128, 5, shared=True), 5, torch.float32)
     together = ops.attend(cache.q[0], cache.kv[0], cache.table, cache.lengths).out

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,42 @@ def test_a_killed_raylet_ends_the_driver_which_says_so(tmp_path: Path) -> None:
     kept = tiny_sweep.contents(out, tiny_sweep.points(out))
     assert all(len(records) > 0 for records in kept.values())
     assert tiny_sweep.run(out) == 0
+
+
+ENDS_WHILE_A_THREAD_COLLECTS = """
+import gc, sys, threading
+from pathlib import Path
+import ray
+from quest_dist.cluster import Cluster
+from quest_dist.schedule_ray import Tuned
+
+gc.set_threshold(700)
+with Tuned(Cluster(), Path(sys.argv[1]), "", 1):
+    references, ended = [ray.put(0) for _ in range(20_000)], threading.Event()
+
+    def work():
+        while not ended.is_set():
+            if references:
+                cycle = [references.pop()]
+                cycle.append(cycle)
+            made = [[] for _ in range(30)]
+
+    thread = threading.Thread(target=work)
+    thread.start()
+ended.set()
+thread.join()
+print("outlived it")
+"""
+
+
+@pytest.mark.slow
+def test_ray_is_left_while_another_thread_frees_what_was_its(tmp_path: Path) -> None:
+    """The thread that copies to MLflow may be the one that collects Tune's garbage; done between
+    two steps of Ray's shutdown, that would end the driver without a word and without a table."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_A_THREAD_COLLECTS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "outlived it\n"), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_language import tiny_tokenizer
 from tiny_models import tiny
 
@@ -98,10 +100,28 @@ def test_identity_is_content_not_place(local, tmp_path):
     assert models.identity(settings(moved, label="x", shape={"layers": 4})) == here
     assert str(local) not in str(here)
     assert models.identity(settings(local, dtype="bfloat16")) != here
-    weights = bytearray((moved / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (moved / "model.safetensors").write_bytes(bytes(weights))
+    (moved / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert models.identity(settings(moved)) != here
+
+
+def test_identity_sees_a_change_of_any_tensor(local, tmp_path):
+    """A model trained further in a few of its layers is another model; so is one that it was."""
+    whole = load_file(local / "model.safetensors")
+    for path in local.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    here = models.identity(settings(local))
+    found = {here["weights"]}
+    for name, tensor in whole.items():
+        save_file(
+            {**whole, name: tensor * 1.25 + 0.01}, tmp_path / "model.safetensors", {"format": "pt"}
+        )
+        found.add(models.identity(settings(tmp_path))["weights"])
+    assert len(found) == 1 + len(whole)
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    assert models.identity(settings(tmp_path)) == here
+    for broken in (b"", b"\xff" * 30, (10).to_bytes(8, "little") + b"[1, 2, 3]."):
+        (tmp_path / "model.safetensors").write_bytes(broken)
+        assert models.identity(settings(tmp_path)) != here
 
 
 def test_a_hub_model_goes_by_repository_and_revision():
@@ -149,6 +169,24 @@ def test_a_broken_folder_is_one_line(local, tmp_path):
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be loaded") as caught:
         models.load(settings(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (5, r"asks for 9 weights that its files lack, such as model.layers.4.input_layernorm"),
+        (3, r"configuration has 3 layers, but its files hold model.layers.3.input_layernorm"),
+    ],
+)
+def test_a_folder_of_other_weights_is_refused(local, tmp_path, layers, message):
+    """transformers would make up a layer, or leave one out, and answer all the same."""
+    for path in local.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((local / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    with pytest.raises(ValueError, match=message) as caught:
+        models.load(settings(tmp_path, chat="template"), device="cpu")
     assert "\n" not in str(caught.value)
 
 

@@ -159,7 +159,8 @@ def test_a_sweep_file_cannot_have_hydra_call_anything(
     text = capsys.readouterr()
     expected = {
         "plan=true": "",  # what Hydra would have called is not looked at
-        "--config-dir": "error: --config-dir: a sweep is run by overrides alone; see --help\n",
+        "--config-dir": "error: --config-dir: a sweep is run by overrides alone; see --help (a"
+        " folder of your own YAML files joins with 'hydra.searchpath=[file:///my/conf]')\n",
     }.get(
         options[0], "error: hydra.callbacks is set: a configuration has nothing called by Hydra\n"
     )

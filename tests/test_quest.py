@@ -31,6 +31,18 @@ def test_budget_below_one_page_means_the_current_page_only() -> None:
     assert tokens_of(result.steps[0], 0, 0) == [28, 29]
 
 
+@pytest.mark.parametrize("name", ["quest", "tightbound", "oracle_page", "quest_kivi4"])
+def test_a_sweep_refuses_a_budget_that_the_current_page_exceeds(name: str) -> None:
+    method = method_spec(name).build()
+    with pytest.raises(ValueError, match=r"^budget=15: pages of page_size=16 .* at least 16 to"):
+        method.check_layers(15, 16)
+    method.check_layers(16, 16)
+
+
+def test_eval_compat_takes_its_three_pages_from_any_budget() -> None:
+    Quest(variant="eval_compat").check_layers(1, 16)
+
+
 def test_budget_of_the_length_is_dense_although_its_pages_are_fewer() -> None:
     assert pages_to_keep(100, 100, 16) == -1
     assert pages_to_keep(101, 100, 16) == 6

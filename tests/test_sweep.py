@@ -16,7 +16,7 @@ import synthetic_sweep as synthetic
 import tiny_sweep
 from rich.console import Console
 
-from quest_dist import closing, compose, figures, launch, sweep, welcome
+from quest_dist import closing, compose, figures, launch, sweep, welcome, work
 from quest_dist.folders import find
 from quest_dist.parts import combined
 from quest_dist.plan import Point
@@ -202,6 +202,33 @@ def test_a_point_is_named_by_its_own_dense_layers_not_by_where_they_came_from() 
             r"data.root='/nowhere' is not a folder",
         ),
         (["+sweep=smoke", "-m"], r"-m: a sweep expands its own grid"),
+        (["+sweep=smoke", "--config-dir", "/x"], r"--config-dir: .*'hydra.searchpath=\["),
+        (["--cfg", "job", "+sweep=passky"], r"unknown sweep 'passky'; did you mean 'passkey'\?"),
+        (["--info", "defaults", "data=file"], r"unknown data 'file'; did you mean 'files'"),
+        (["+sweep=smoke", "hydra.run.dir=x"], r"hydra.run.dir: .*output_dir says where"),
+        (["+sweep=smoke", "hydra.searchpath=[file:///nowhere]"], r"'file:///nowhere' is not a f"),
+        (["+sweep=smoke", "grid.budget=64,128"], r"a list, as in 'grid.budget=\[64,128\]'$"),
+        (["+sweep=smoke", "grid.budget=range(64,128,32)"], r"\): .* a list, as in 'grid.budget="),
+        (["+sweep=smoke", "grid.budget=[2147483648]"], r"budget: expected at most 2147483647, got"),
+        (["+sweep=smoke", "output_dir="], r"output_dir is empty"),
+        (
+            ["+sweep=smoke", "tracking.uri=htp://u:pw@h"],
+            r"=htp://u:\*\*\*@h: .*did you mean 'http'",
+        ),
+        (
+            ["+sweep=smoke", "tracking.uri=file:///x"],
+            r"keeps no runs in a folder .*; choose sqlite",
+        ),
+        (
+            ["+sweep=smoke", "task.passkey.length=900.5"],
+            r"passkey.length=900.5: .* a whole number$",
+        ),
+        (["+sweep=smoke", "task.passkey.length=9"], r"task.passkey.length=9 is below 128"),
+        (["+sweep=smoke", "task.passkey.samples=2.5"], r"samples=2.5: expected a whole number$"),
+        (["+sweep=smoke", "task.passkey.chat=maybe"], r"chat='maybe': expected true or false$"),
+        (["+sweep=smoke", "task.qasper.samples=x"], r"expected a whole number or null$"),
+        (["+sweep=smoke", "method.quest.radius_scale=x"], r"radius_scale='x': expected a number$"),
+        (["+sweep=smoke", "method.quest.radius_scale=nan"], r"method.quest.radius_scale=nan"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
@@ -212,6 +239,7 @@ def test_mistakes_are_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     status, out, err = command(capsys, *arguments)
     assert status == 2
     assert out == ""
@@ -219,6 +247,32 @@ def test_mistakes_are_one_line_and_status_2(
     assert err.count("\n") == 1
     assert re.search(message, err), err
     assert list(tmp_path.iterdir()) == []  # nothing is written before all is checked
+
+
+def test_an_output_directory_that_is_a_file_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        status, _, err = command(capsys, "+sweep=smoke", f"output_dir={tmp_path / place}")
+        assert status == 2
+        assert re.fullmatch(r"error: output_dir=\S+: no folder that can be written .*\n", err)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_store_by_a_plugin_of_mlflows_is_let_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = compose.composed(["+sweep=smoke", "tracking.uri=other://x"])
+    with pytest.raises(ValueError, match="no store of MLflow"):
+        prepare(config)
+    known = tmp_path / "other-1.0.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Name: other\nVersion: 1.0\n")
+    (known / "entry_points.txt").write_text("[mlflow.tracking_store]\nother = other:Store\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert prepare(config).points
 
 
 def test_malformed_data_is_named_by_file_and_line(
@@ -265,6 +319,19 @@ def test_hydra_answers_at_once_and_without_heavy_imports(flag: str, tmp_path: Pa
     assert done.stdout.endswith("[]\n")
     assert "longbench_budgets" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_what_no_worker_here_holds_estimates_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, "worker_memory", lambda resources: 2**30)
+    given = ["+sweep=passkey", "profile=paper", "plan=true"]
+    status, out, _ = command(capsys, *given)
+    assert status == 0
+    assert "nothing that is left can be begun" in out
+    assert "0:00" not in out
+    assert "0.0 GiB" not in out
 
 
 def test_a_plan_says_what_would_run_and_writes_nothing(

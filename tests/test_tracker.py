@@ -122,6 +122,34 @@ def test_curves_at_the_top_points_below_and_one_sweep(folder: Path, ledger: Ledg
     assert all(len(each.digest) <= 36 for each in read)
 
 
+def test_launches_with_other_settings_have_curves_of_their_own(
+    folder: Path, ledger: Ledger
+) -> None:
+    """In one line, dots of both would look like one method; and the later would delete the rest."""
+    first = synthetic.points(["qasper"], ["full", "quest"], [256])
+    (at_512,) = synthetic.points(["qasper"], ["quest"], [512])
+    settings = {**at_512.method.settings, "gqa": "max"}
+    other = [replace(at_512, method=replace(at_512.method, settings=settings))]
+    synthetic.fill(ledger, [*first, *other], range(2))
+    for points in (first, [first[0], *other]):
+        assert Tracker({}, folder, SWEEP, ledger).sync(rows_of(ledger, points, 2))
+    tracker = Tracker({}, folder, SWEEP, ledger)
+    runs = runs_of(tracker)
+    curves = {r.info.run_id: r for r in runs if r.data.tags["quest.kind"] == "curve"}
+    assert sorted(r.info.run_name for r in curves.values()) == ["Full", "Quest", "Quest"]
+    steps = {
+        (curve.data.params["method.gqa"], metric.step)
+        for run_id, curve in curves.items()
+        if curve.info.run_name == "Quest"
+        for metric in tracker._open().client.get_metric_history(run_id, "score/qasper")
+    }
+    assert steps == {("per_query", 256), ("max", 512)}
+    for run in runs:
+        if run.data.tags["quest.kind"] == "point" and run.info.run_name.startswith("Quest"):
+            parent = curves[run.data.tags["mlflow.parentRunId"]]
+            assert parent.data.params["method.gqa"] == run.data.params["method.gqa"]
+
+
 def test_params_say_how_prompts_are_made_and_answers_end(folder: Path, ledger: Ledger) -> None:
     config = compose.composed(["+sweep=smoke", "protocol=kvpress", "profile=paper"])
     chosen = prepare.specs_of(config["model"], "model")["llama31_8b"]

@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     try:
+        if options.json is not None:
+            _check_writable(options.json)
         report = options.run(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -30,6 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json is not None:
         report.write(options.json)
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ValueError where the results could not be written, before minutes are spent on them."""
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"--json={path}: cannot be written ({error.strerror})") from error
+    if not there:
+        path.unlink()
 
 
 if __name__ == "__main__":

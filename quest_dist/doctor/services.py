@@ -68,6 +68,7 @@ def mlflow(asked: Asked) -> Iterator[Finding]:
     uri = asked.uri
     fact = f"{version}, store {redact.text(uri)}"
     kind = urlsplit(uri).scheme.partition("+")[0]
+    advice = "a sweep would run, and the same command show it later: start or mend the store"
     if kind in ("http", "https"):
         wrong = _unanswered(f"{uri.rstrip('/')}/health")
     elif kind == "sqlite":
@@ -78,8 +79,8 @@ def mlflow(asked: Asked) -> Iterator[Finding]:
         wrong = wrong or _unreachable(parts.hostname or "localhost", parts.port or PORTS[kind])
     else:
         wrong = f"the scheme {kind!r} is none of those looked at: sqlite, http(s), a database"
+        advice = "a sweep refuses it, unless a plugin of MLflow's brings it"
     if wrong:
-        advice = "a sweep would run, and the same command show it later: start or mend the store"
         yield warning("mlflow", f"{fact}: {wrong}", f"{advice}; {without}")
     else:
         yield ok("mlflow", f"{fact} {'can be written' if kind == 'sqlite' else 'answers'}")

@@ -26,7 +26,7 @@ from quest_dist.methods.method import (
     check_choice,
 )
 from quest_dist.methods.oracle_token import group_probabilities
-from quest_dist.methods.quest import pages_of, pages_to_keep, tokens_in_pages
+from quest_dist.methods.quest import check_holds_a_page, pages_of, pages_to_keep, tokens_in_pages
 from quest_dist.methods.traffic import CacheShape
 
 SCORES = ("mass", "max")
@@ -45,6 +45,11 @@ class OraclePage(Method):
         """Validate the settings."""
         check_choice("gqa", self.gqa, GQA_CHOICES)
         check_choice("score", self.score, SCORES)
+
+    def check_budget(self, budget: int, page_size: int) -> None:
+        """The current page must fit."""
+        super().check_budget(budget, page_size)
+        check_holds_a_page(budget, page_size)
 
     def select(self, view: View, q: Tensor) -> Selection:
         """The current page and the K - 1 best others."""

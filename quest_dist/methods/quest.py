@@ -63,6 +63,15 @@ def pages_to_keep_there(lengths: Tensor, budgets: Tensor, page_size: int) -> Ten
     return keep.masked_fill((budgets >= lengths) | (pages <= keep), -1)
 
 
+def check_holds_a_page(budget: int, page_size: int) -> None:
+    """Raise ValueError for a budget that the current page, always attended to, can exceed."""
+    if budget < page_size:
+        raise ValueError(
+            f"budget={budget}: pages of page_size={page_size} are attended to whole, so it needs at"
+            f" least {page_size} tokens"
+        )
+
+
 def tokens_in_pages(length: int, budget: int, page_size: int) -> int:
     """Tokens attended when the current page is one of the kept ones."""
     keep = pages_to_keep(length, budget, page_size)
@@ -117,6 +126,13 @@ class Quest(Method):
             raise ValueError(
                 f"metadata=int8 is scored on the cpu only, not on {device}; choose exact"
             )
+
+    def check_budget(self, budget: int, page_size: int) -> None:
+        """The current page must fit; eval_compat takes three pages whatever the budget, as the
+        released code does."""
+        super().check_budget(budget, page_size)
+        if self.variant == "normative":
+            check_holds_a_page(budget, page_size)
 
     def reserved(self, page_size: int) -> int:
         """The current page, or the three pages of eval_compat."""
