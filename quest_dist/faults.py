@@ -30,10 +30,12 @@ _faults: dict[torch.device, Tensor] = {}
 
 
 def fault_of(device: torch.device) -> Tensor:
-    """The number that a device's kernels note faults in.
+    """The number that a device's kernels note faults in; of the current one where it has no index.
 
     Raises RuntimeError where a graph's capture asks first: the number would be the graph's own.
     """
+    if device.type == "cuda" and device.index is None:  # tensors name theirs in full
+        device = torch.device("cuda", torch.cuda.current_device())
     kept = _faults.get(device)
     if kept is None:
         if torch.cuda.is_current_stream_capturing():

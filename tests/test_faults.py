@@ -48,3 +48,12 @@ def test_the_number_is_no_graphs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     number = faults.fault_of(HERE)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert faults.fault_of(HERE) is number
+
+
+def test_a_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = torch.full((1,), (faults.KINDS.index("items") + 1) << 58)
+    monkeypatch.setitem(faults._faults, torch.device("cuda", 1), number)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with pytest.raises(ValueError, match="an op on cuda met a wrong value of items"):
+        faults.check_faults(torch.device("cuda"))
+    faults.check_faults(torch.device("cuda:1"))

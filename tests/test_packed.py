@@ -104,7 +104,7 @@ def test_huge_values_stay_finite() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pack_writes_the_bits_of_the_reference(dtype: torch.dtype, bits: int) -> None:
+def test_pack_writes_the_bits_of_the_reference(isa: str, dtype: torch.dtype, bits: int) -> None:
     case = case_of(dtype, page_size=8)
     pool, _, packed = filled(case, bits)
     expected = empty_packed(case, bits, 32)
@@ -112,7 +112,7 @@ def test_pack_writes_the_bits_of_the_reference(dtype: torch.dtype, bits: int) ->
     assert torch.equal(packed.blocks, expected.blocks)
 
 
-def test_packing_in_steps_is_packing_at_once() -> None:
+def test_packing_in_steps_is_packing_at_once(isa: str) -> None:
     case = case_of(torch.bfloat16)
     pool, _, packed = filled(case, 4)
     steps = empty_packed(case, 4, 32)
@@ -144,6 +144,20 @@ def test_one_huge_channel_of_keys_or_token_of_values_disturbs_no_other() -> None
     assert {tuple(one) for one in values[:, [0, 2]].tolist()} == {
         ((len(case.lengths) - 1) * pool.table.shape[1] + token // 16, token % 16)
     }
+
+
+def test_a_group_that_begins_with_nan_is_nan(isa: str) -> None:
+    case = case_of(torch.float32)
+    pool, _, packed = filled(case, 4)
+    broken, page = pool.kv.clone(), pool.table[-1, 0]  # 32 tokens of a block are two pages
+    broken[page, :, 0, 0, 5] = broken[page, :, 1, 3, 0] = torch.nan
+    ops.pack(packed, broken, pool.table, *nothing(packed))
+    block = packed.blocks[packed.table[-1, 0]]
+    for head in range(case.kv_heads):
+        keys, values = reference_packed.unpacked(block[head], Layout(4, 32, 64), packed.levels)
+        assert bool(keys[:, 5].isnan().all())
+        assert bool(values[3, :32].isnan().all())
+        assert int(keys.isnan().sum()) == int(values.isnan().sum()) == 32
 
 
 CASES = [

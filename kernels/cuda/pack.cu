@@ -15,7 +15,10 @@ struct PackArgs {
   int64_t* fault;
 };
 
-__device__ __forceinline__ float bounded(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+// NaN stays NaN, which fminf and fmaxf would drop.
+__device__ __forceinline__ float bounded(float x) {
+  return x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x;
+}
 
 // Writes scale and minimum of a group from its smallest and largest number.
 __device__ __forceinline__ void put_group(float low, float high, int bits, uint8_t* scale,
