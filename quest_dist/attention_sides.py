@@ -125,16 +125,22 @@ def apart(cache: Cache, rotation: Rotation) -> Side:
 
     They begin at the layer that has waited longest.
     """
+    lengths = cache.lengths[:1]
     rows = [
-        (cache.q[row, row, None].contiguous(), cache.kv[row], cache.table[row, None].contiguous())
+        (
+            PreparedDecode(
+                cache.kv[row], cache.meta[row], cache.table[row, None].contiguous(), lengths
+            ),
+            cache.q[row, row, None].contiguous(),
+        )
         for row in range(cache.point.rows)
     ]
     one = Point(cache.point.shape, cache.point.context)
     moved = cache.point.rows * one.dense_bytes(cache.q.dtype)
 
     def attend(first: int) -> None:
-        for q, kv, table in (*rows[first:], *rows[:first]):
-            ops.attend(q, kv, table, cache.lengths[:1])
+        for step, q in (*rows[first:], *rows[:first]):
+            step(q)
 
     return Side("calls", {"attend": attend}, (moved,), rotation, uncounted=0, counted=1)
 

@@ -23,16 +23,15 @@ inline Vec times_pairs(const __m512bh* row, const uint16_t* weight) {
   return add(even, odd);
 }
 
-// Bytes of what is read next that are asked for at once. Measured: single rows leave the memory
-// idle in between, whole pages of many heads are more than it takes up.
-constexpr int kAsked = 2048;
-
-// `rows` rows of V vectors, each met by G weights, as many as fill a vector with sums or fewer.
+// `rows` rows of V vectors, each met by G weights, as many as fill a vector with sums or fewer. Of
+// what is read next some rows at once are asked for, one where a row has little arithmetic:
+// measured, single rows leave the memory idle behind much of it, and many are more than it takes
+// up.
 template <int V, int G, typename T>
 __attribute__((always_inline)) inline Vec some_rows(const uint16_t* weight, int rows, const T* row,
                                                     const T* next) {
   constexpr int kWidth = V * kPairs, kBytes = kWidth * static_cast<int>(sizeof(T));
-  constexpr int kTogether = kAsked / kBytes < kLanes / G ? kAsked / kBytes : kLanes / G;
+  constexpr int kTogether = G < kLanes / G ? G : kLanes / G;
   Vec sum[kLanes];
   for (int i = rows * G; i < kLanes; ++i) sum[i] = set1(0.0f);
 #pragma GCC unroll 16
