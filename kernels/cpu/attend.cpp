@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kSplit = 1024;
 constexpr int64_t kRowsOfTask = 64;
+constexpr int64_t kTasksOfThread = 2;  // at least, where there are so many
 static_assert(kSplit % kBlock == 0, "a split holds whole blocks");
 
 struct Job {
@@ -191,10 +192,16 @@ void merge(const Job& job, int64_t row, int64_t head) {
 }
 
 // Every split of every list, once. Rows whose first page is the same are one task: they share it.
-std::vector<Task> tasks_of(const Job& job) {
+// Where that leaves threads without work, kv heads that read the same tokens are parted.
+std::vector<Task> tasks_of(const Job& job, int threads) {
   const Pages& p = job.p;
   const Selection& selection = job.selection;
   std::vector<Task> tasks;
+  int64_t parts = 1;
+  while (threads > 1 && p.kv_heads % (2 * parts) == 0 &&
+         p.rows * job.splits * parts < kTasksOfThread * threads) {
+    parts *= 2;
+  }
   const auto add = [&](int64_t row, int64_t rows, int64_t h, int64_t some, int64_t query_head,
                        int64_t list) {
     int64_t most = 0;
@@ -205,6 +212,10 @@ std::vector<Task> tasks_of(const Job& job) {
       tasks.push_back({row, rows, h, some, query_head, list, s});
     }
   };
+  const auto all_heads = [&](int64_t row, int64_t rows) {
+    const int64_t some = p.kv_heads / parts;
+    for (int64_t h = 0; h < p.kv_heads; h += some) add(row, rows, h, some, -1, 0);
+  };
   for (int64_t row = 0; row < p.rows;) {
     int64_t rows = 1;
     if (selects_all(selection, row)) {
@@ -213,9 +224,9 @@ std::vector<Task> tasks_of(const Job& job) {
              first[rows * p.row_pages] == *first) {
         ++rows;
       }
-      add(row, rows, 0, p.kv_heads, -1, 0);
+      all_heads(row, rows);
     } else if (selection.lists == 1) {
-      add(row, 1, 0, p.kv_heads, -1, 0);
+      all_heads(row, 1);
     } else if (selection.lists == p.kv_heads) {
       for (int64_t h = 0; h < p.kv_heads; ++h) add(row, 1, h, 1, -1, h);
     } else {
@@ -254,7 +265,7 @@ void attend(const Pages& p, const void* q, const void* rolled_query, int64_t rol
                 lengths, selection, scale,        result, splits, static_cast<float*>(state),
                 record};
   count_read(p, lengths, selection, result.read, threads);
-  const std::vector<Task> tasks = tasks_of(job);
+  const std::vector<Task> tasks = tasks_of(job, threads);
   parallel(static_cast<int64_t>(tasks.size()), threads,
            [&](int64_t i) { run(job, tasks[static_cast<size_t>(i)]); });
   parallel(p.rows * p.kv_heads, splits * p.rows * heads > 512 ? threads : 1, [&](int64_t i) {
