@@ -53,13 +53,13 @@ __attribute__((always_inline)) inline Vec some_rows(const uint16_t* weight, int 
 template <int V, int G, typename T>
 inline void rows_of_groups(const uint16_t* weight, int64_t rows, const T* row, const T* next,
                            float* out) {
-  constexpr int kRows = kLanes / G;
+  constexpr int kRows = kLanes / G, kSums = kRows * G;
   for (; rows >= kRows; rows -= kRows) {
-    store(out, some_rows<V, G>(weight, kRows, row, next));
-    weight += kLanes * V * kPairs;
+    store_part(out, some_rows<V, G>(weight, kRows, row, next), kSums);
+    weight += kSums * V * kPairs;
     row += kRows * V * kPairs;
     next += kRows * V * kPairs;
-    out += kLanes;
+    out += kSums;
   }
   if (rows == 0) return;
   const int left = static_cast<int>(rows);
@@ -77,11 +77,19 @@ void page_pairs(const void* weights, int64_t heads, int64_t group, int64_t dim, 
     constexpr int kVectors = decltype(vectors)::value;
     switch (group) {
       case 1:
-        return rows_of_groups<kVectors, 1>(weight, heads, row, ahead, out), true;
+        return rows_of_groups<kVectors, 1>(weight, heads / 1, row, ahead, out), true;
       case 2:
         return rows_of_groups<kVectors, 2>(weight, heads / 2, row, ahead, out), true;
+      case 3:
+        return rows_of_groups<kVectors, 3>(weight, heads / 3, row, ahead, out), true;
       case 4:
         return rows_of_groups<kVectors, 4>(weight, heads / 4, row, ahead, out), true;
+      case 5:
+        return rows_of_groups<kVectors, 5>(weight, heads / 5, row, ahead, out), true;
+      case 6:
+        return rows_of_groups<kVectors, 6>(weight, heads / 6, row, ahead, out), true;
+      case 7:
+        return rows_of_groups<kVectors, 7>(weight, heads / 7, row, ahead, out), true;
       case 8:
         return rows_of_groups<kVectors, 8>(weight, heads / 8, row, ahead, out), true;
       default:
