@@ -2,8 +2,8 @@
 
 A kernel never follows an index that is out of range; it notes the first one of the call in one
 number on the device (kernels/cuda/ops.h). With QUEST_DEBUG=1 every op outside of a graph's capture
-waits for the device and raises a ValueError for it; otherwise `check_faults` may be called when a
-wait costs nothing.
+waits for the device and raises a ValueError for it; otherwise `check_faults` is called when a wait
+costs nothing, as after a sample.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ def fault_of(device: torch.device) -> Tensor:
 
     Raises RuntimeError where a graph's capture asks first: the number would be the graph's own.
     """
-    if device.type == "cuda" and device.index is None:  # tensors name theirs in full
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _in_full(device)
     kept = _faults.get(device)
     if kept is None:
         if torch.cuda.is_current_stream_capturing():
@@ -47,8 +46,8 @@ def fault_of(device: torch.device) -> Tensor:
 
 def check_faults(device: torch.device) -> None:
     """Wait for the device's current stream; ValueError if an op met an index out of range since
-    last asked."""
-    found = _take(device)
+    last asked. Where no op has run there is nothing to wait for."""
+    found = _take(device) if _in_full(device) in _faults else None
     if found is not None:
         raise ValueError(f"{_left(device, *found)}; QUEST_DEBUG=1 names the op and the value")
 
@@ -74,6 +73,13 @@ def check(a: Arguments, look: Callable[[], None] | None = None, **named: Tensor)
     if kind in ("index", "twice"):
         raise ValueError(f"{a.op}: index: {_item(a, kind, value, place[0], named['lengths'])}")
     raise ValueError(f"{a.op}: {kind}{place} is {value}{_expected(a, kind)}")
+
+
+def _in_full(device: torch.device) -> torch.device:
+    """As tensors name it: of GPUs with its index."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _left(device: torch.device, kind: int, at: int, column: int) -> str:

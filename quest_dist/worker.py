@@ -8,6 +8,7 @@ does not load, the process dies) leaves this module as an exception.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import math
@@ -115,18 +116,30 @@ def _evaluate(
     module, _, name = task.evaluated_by.partition(":")
     evaluate: Evaluate = getattr(importlib.import_module(module), name)
     try:
-        return list(evaluate(loaded, sample, points))
+        found: list[Evaluated | Exception] = list(evaluate(loaded, sample, points))
+        _check_faults(loaded)
+        return found
     except Exception as error:
         _check_alive(loaded)
+        with contextlib.suppress(ValueError):  # of this error, not of what is tried next
+            _check_faults(loaded)
         methods = {point.method.canonical() for point in points}
         if len(methods) == 1:
             return [error] * len(points)
-    found: dict[str, Evaluated | Exception] = {}
+    results_of: dict[str, Evaluated | Exception] = {}
     for method in sorted(methods):
         members = [point for point in points if point.method.canonical() == method]
         results = _evaluate(task, loaded, sample, members)
-        found |= {point.key: result for point, result in zip(members, results, strict=True)}
-    return [found[point.key] for point in points]
+        results_of |= {point.key: result for point, result in zip(members, results, strict=True)}
+    return [results_of[point.key] for point in points]
+
+
+def _check_faults(loaded: LoadedModel | UnloadedModel) -> None:
+    """Raise ValueError where a GPU's op met an index out of range: it went on without it, so what
+    was evaluated is not what was asked for."""
+    from quest_dist import faults
+
+    faults.check_faults(loaded.device)
 
 
 def _check_alive(loaded: LoadedModel | UnloadedModel) -> None:

@@ -9,7 +9,9 @@ import torch
 from cache_harness import method_spec
 from tiny_models import save_byte_model
 
-from quest_dist import ledger, models, worker
+from quest_dist import faults, ledger, models, worker
+from quest_dist.methods.method import Selection, View
+from quest_dist.methods.quest import Quest
 from quest_dist.plan import Point, Spec, Unit
 
 RUNTIME = worker.Runtime(threads=1, gpus=0.0).to_dict()
@@ -112,6 +114,28 @@ def test_a_gpu_gives_the_records_of_the_cpu(model: Spec) -> None:
         assert there["error"] is None
         for fact in ("point", "sample", "prediction", "attended", "context_tokens"):
             assert there[fact] == here[fact]
+
+
+def test_a_method_whose_op_met_a_wrong_index_has_no_score(
+    model: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("quest_dist._cuda", reason="quest_dist._cuda is not built")
+    monkeypatch.setattr(faults, "_faults", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    select = Quest.select
+
+    def noting(self: Quest, view: View, q: torch.Tensor) -> Selection:
+        """As a GPU's kernel would."""
+        key = (faults.KINDS.index("index") + 1) << 58 | 2 << 32 | 5
+        faults.fault_of(view.kv.device).fill_(key)
+        return select(self, view, q)
+
+    monkeypatch.setattr(Quest, "select", noting)
+    found = records(unit(model, method_spec("full"), method_spec("quest")))
+    for sample in (0, 1):
+        assert found["full", sample]["error"] is None
+        assert "met a wrong value of index (place 2, 5)" in found["quest", sample]["error"]
+        assert found["quest", sample]["score"] is None
 
 
 def test_a_method_that_breaks_leaves_the_others_alone(model: Spec) -> None:
