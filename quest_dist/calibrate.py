@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from quest_dist import artefacts, models
-from quest_dist.folders import find
+from quest_dist.folders import check_writable, find
 from quest_dist.spec import Spec
 from quest_dist.suggest import did_you_mean
 
@@ -55,6 +55,7 @@ def calibrate(
     kind = artefacts.kind_of(spec)
     if kind is None:
         raise ValueError(f"method={method!r} needs no artefact as it is set")
+    check_writable("--out", out)
     text = artefacts.bundled_text() if not texts else "\n\n".join(map(_text, texts))
     loaded = models.load(_option("model", model).settings, device)
     made_of = artefacts.recipe(

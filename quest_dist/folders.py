@@ -1,5 +1,5 @@
 """Where `conf/` and `sweeps/` are: named by the environment, carried by the installed package, or
-in the checkout."""
+in the checkout; and whether a file that is asked for can be written."""
 
 from __future__ import annotations
 
@@ -23,3 +23,16 @@ def find(kind: str) -> Path:
         if folder.is_dir():
             return folder
     raise ValueError(f"{kind}/ is neither in the package nor beside it; set {variable}")
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raise ValueError where a file could not be written, before minutes are spent on what is to
+    be in it."""
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"{name} {path}: cannot be written ({error.strerror})") from error
+    if not there:
+        path.unlink()

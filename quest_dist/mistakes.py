@@ -60,6 +60,8 @@ def _unknown(path: str, known: Mapping[str, Any]) -> str:
             groups = {k: v for k, v in known.items() if isinstance(v, Mapping) and depth == 0}
             if inside := [name for name, group in groups.items() if part in group]:
                 return f"unknown setting '{path}'; did you mean '{inside[0]}.{path}'?"
+            if isinstance(level, Mapping) and not level:
+                return f"'{path}=' is new there: it needs a plus, +{path}=VALUE"
             return f"unknown setting '{path}': no '{part}'{suffix}; {did_you_mean(part, choices)}"
         level = level[part]
     return f"cannot set '{path}'"

@@ -342,6 +342,7 @@ def test_the_command_makes_what_a_sweep_then_uses(
         (["kvquant3", "--text", "/no/such.txt"], "--text /no/such.txt: cannot be read"),
         (["kvquant3", "--text", "SHORT"], "text of 12 tokens: kvquant reads 8 x 512"),
         (["kvquant3", "--text", "LONG", "--out", "/proc/a"], "--out /proc/a: cannot be written"),
+        (["kvquant3", "--text", "SHORT", "--out", "/proc/a"], "--out /proc/a: cannot be written"),
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(

@@ -57,7 +57,7 @@ def test_results_that_could_not_be_written_are_not_measured(
     (tmp_path / "file").write_text("mine")
     place = tmp_path / "file" / "below.json"
     assert main(["attention", "--json", str(place), "--seconds", "1000"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --json={place}: cannot be written")
+    assert capsys.readouterr().err.startswith(f"error: --json {place}: cannot be written")
     assert main(["attention", "--json", str(tmp_path / "new.json"), "--seconds", "-1"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

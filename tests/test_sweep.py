@@ -142,6 +142,7 @@ def test_a_point_is_named_by_its_own_dense_layers_not_by_where_they_came_from() 
     [
         (["+sweep=passky"], r"unknown sweep 'passky'; did you mean 'passkey'\?"),
         (["sweep=passkey"], r"'sweep=' needs a plus: \+sweep=NAME"),
+        (["cluster.env.FOO=bar"], r"it needs a plus, \+cluster\.env\.FOO=VALUE"),
         (["limit=3"], r"no sweep: add \+sweep=NAME"),
         (
             ["+sweep=smoke", "grid.model=[smolm2]"],

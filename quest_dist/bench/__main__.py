@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from quest_dist.bench import attention, overhead, packed, scale, sharing, textgen, tracking
+from quest_dist.folders import check_writable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.json is not None:
-            _check_writable(options.json)
+            check_writable("--json", options.json)
         report = options.run(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -32,18 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json is not None:
         report.write(options.json)
     return 0
-
-
-def _check_writable(path: Path) -> None:
-    """Raise ValueError where the results could not be written, before minutes are spent on them."""
-    there = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"--json={path}: cannot be written ({error.strerror})") from error
-    if not there:
-        path.unlink()
 
 
 if __name__ == "__main__":
