@@ -23,7 +23,8 @@ from quest_dist.ops import Attended, Reduce
 class PreparedDecode:
     """One layer's pool, rows and page rule; queries and new tokens come with each call.
 
-    Off the CPU, where steps are recorded, and under the reference a call is `ops.decode`.
+    `place` is the pool, table, lengths and keep, `rule` the settings. Off the CPU, where steps are
+    recorded, and under the reference a call is `ops.decode`.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class PreparedDecode:
         scale: float | None = None,
     ) -> None:
         """As `ops.decode`, whose errors the first call raises."""
-        self._place = (kv, meta, page_table, lengths, keep)
-        self._rule: dict[str, Any] = {
+        self.place = (kv, meta, page_table, lengths, keep)
+        self.rule: dict[str, Any] = {
             "radius_scale": radius_scale,
             "reduce": reduce,
             "scale": scale,
@@ -57,7 +58,7 @@ class PreparedDecode:
         Raises ValueError as `ops.decode` does.
         """
         if not self._on_cpu or by_reference():
-            return ops.decode(q, *self._place, **self._rule, k=k, v=v)
+            return ops.decode(q, *self.place, **self.rule, k=k, v=v)
         seen = (_form(q), _form(k), _form(v))
         if seen != self._seen or self._result is None:
             self._check(q, k, v)
@@ -74,15 +75,15 @@ class PreparedDecode:
         return self._result
 
     def _check(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
-        kv, meta, page_table, lengths, keep = self._place
-        a, kind, scale = ops.decode_arguments(q, *self._place, **self._rule, k=k, v=v)
+        kv, meta, page_table, lengths, keep = self.place
+        a, kind, scale = ops.decode_arguments(q, *self.place, **self.rule, k=k, v=v)
         result = on_cpu.attended(a, q.dtype)
         self._before = (
             a.pages(compiled(), kv, page_table, meta),
             a["H"],
             lengths.data_ptr(),
             0 if keep is None else keep.data_ptr(),
-            self._rule["radius_scale"],
+            self.rule["radius_scale"],
             kind,
             scale,
         )

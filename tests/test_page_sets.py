@@ -1,8 +1,8 @@
 """Latency mode attends to the pages that the accuracy path selects: on a tiny model, and on a real
 prompt in the bundled one.
 
-`ops.decode` does not list its pages. Beside each call its selection is made again from the same
-query and cache, by the ops that it stands for; that list is compared with the method's, and the
+A prepared decode does not list its pages. Beside each call its selection is made again from the
+same query and cache, by the ops that it stands for; that list is compared with the method's, and the
 call's output and log sum exp, bit for bit, with attention over the method's own selection. A page
 that differs in one layer, row and head moves one of the two.
 """
@@ -27,6 +27,7 @@ from quest_dist.attention import PagedCache, patch
 from quest_dist.batch import Group
 from quest_dist.latency import Decoder
 from quest_dist.models import LoadedModel
+from quest_dist.prepared import PreparedDecode
 from quest_dist.tasks.passkey import Passkey
 from quest_dist.tasks.task import Sample
 
@@ -35,7 +36,7 @@ Decode = Callable[..., ops.Attended]
 
 @dataclass
 class Call:
-    """One `ops.decode`: the pages that its parts select, and what it returned."""
+    """One `PreparedDecode`: the pages that its parts select, and what it returned."""
 
     index: Tensor
     count: Tensor
@@ -64,19 +65,20 @@ def of_latency(
     steps: int,
     page_size: int,
     monkeypatch: pytest.MonkeyPatch,
-    decode: Decode = ops.decode,
+    decode: Decode = PreparedDecode.__call__,
 ) -> tuple[list[Call], list[int]]:
     """The calls of the same steps in latency mode, those of dense layers left out."""
     calls: list[Call] = []
 
-    def watched(q: Tensor, kv: Tensor, meta: Tensor, table: Tensor, lengths: Tensor, *keep: Any,
-                **rest: Any) -> ops.Attended:  # fmt: skip
-        result = decode(q, kv, meta, table, lengths, *keep, **rest)
-        shown = {key: rest[key] for key in ("radius_scale", "reduce")}
+    def watched(step: PreparedDecode, q: Tensor, *new: Tensor) -> ops.Attended:
+        result = decode(step, q, *new)
+        kept = ops.Attended(*(x if x is None else x.clone() for x in result))
+        kv, meta, table, lengths, keep = step.place
+        shown = {key: step.rule[key] for key in ("radius_scale", "reduce")}
         pages = (lengths - 1) // kv.shape[3] + 1
-        asked = torch.full_like(lengths, -1) if keep[0] is None else keep[0]
+        asked = torch.full_like(lengths, -1) if keep is None else keep
         scores = ops.page_scores(q, kv, meta, table, lengths, **shown)
-        calls.append(Call(*ops.select_top(scores, pages, asked, force_last=True), result))
+        calls.append(Call(*ops.select_top(scores, pages, asked, force_last=True), kept))
         return result
 
     rows = len(group.budgets)
@@ -85,7 +87,7 @@ def of_latency(
         torch.inference_mode(),
         patch(loaded.model, lambda _: [], page_size) as patched,
     ):
-        patches.setattr(ops, "decode", watched)
+        patches.setattr(PreparedDecode, "__call__", watched)
         prefix = engine.prefill(loaded, patched, prompt, (), rows)
         decoder = Decoder(patched, prefix.rows.fork(0, rows), group, steps)
         tokens = [prompt.tail[0]] * rows
@@ -173,10 +175,10 @@ def test_one_page_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_decode_with_another_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, prompt = tiny_loaded(), sample(tail=sample().tail[:1])
     steps, _ = of_accuracy(loaded, prompt, group_of("quest", [16]), 2, 4)
-    real = ops.decode
+    real = PreparedDecode.__call__
 
-    def other(*args: Any, **rest: Any) -> ops.Attended:
-        return real(*args, **{**rest, "radius_scale": 0.0})
+    def other(step: PreparedDecode, *token: Any) -> ops.Attended:
+        return real(PreparedDecode(*step.place, **{**step.rule, "radius_scale": 0.0}), *token)
 
     calls, _ = of_latency(loaded, prompt, group_of("quest", [16]), 2, 4, monkeypatch, other)
     with pytest.raises(AssertionError):
