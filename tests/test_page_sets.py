@@ -2,9 +2,9 @@
 prompt in the bundled one.
 
 A prepared decode does not list its pages. Beside each call its selection is made again from the
-same query and cache, by the ops that it stands for; that list is compared with the method's, and the
-call's output and log sum exp, bit for bit, with attention over the method's own selection. A page
-that differs in one layer, row and head moves one of the two.
+same query and cache, by the ops that it stands for; that list is compared with the method's, and
+the call's output and log sum exp, bit for bit, with attention over the method's own selection. A
+page that differs in one layer, row and head moves one of the two.
 """
 
 from __future__ import annotations
