@@ -48,8 +48,8 @@ class PreparedDecode:
         }
         self._on_cpu = kv.is_cpu
         self._seen: tuple[object, ...] | None = None
-        self._before: tuple[object, ...] = ()
-        self._after: tuple[object, ...] = ()
+        self._pages: object = None
+        self._fixed: tuple[object, ...] = ()
         self._result: Attended | None = None
 
     def __call__(self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Attended:
@@ -65,10 +65,9 @@ class PreparedDecode:
             self._seen = seen
         native = compiled()
         native.decode(
-            self._before[0],
+            self._pages,
             *one_token(native, q, k, v, None, None),
-            *self._before[1:],
-            *self._after,
+            *self._fixed,
             threads(),
         )
         assert self._result is not None
@@ -78,17 +77,19 @@ class PreparedDecode:
         kv, meta, page_table, lengths, keep = self.place
         a, kind, scale = ops.decode_arguments(q, *self.place, **self.rule, k=k, v=v)
         result = on_cpu.attended(a, q.dtype)
-        self._before = (
-            a.pages(compiled(), kv, page_table, meta),
+        self._pages = a.pages(compiled(), kv, page_table, meta)
+        self._fixed = (
             a["H"],
             lengths.data_ptr(),
             0 if keep is None else keep.data_ptr(),
             self.rule["radius_scale"],
             kind,
             scale,
+            result.out.data_ptr(),
+            result.attended.data_ptr(),
+            result.read.data_ptr(),
+            result.lse.data_ptr(),
         )
-        kept = (result.out, result.attended, result.read, result.lse)
-        self._after = tuple(one.data_ptr() for one in kept if one is not None)
         self._result = result
 
 

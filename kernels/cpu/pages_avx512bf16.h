@@ -6,11 +6,6 @@
 
 namespace {
 
-template <int V>
-struct Vectors {
-  static constexpr int value = V;
-};
-
 // V vectors of 32 channels, in registers, against a weight.
 template <int V>
 inline Vec times_pairs(const __m512bh* row, const uint16_t* weight) {
@@ -66,6 +61,18 @@ inline void rows_of_groups(const uint16_t* weight, int64_t rows, const T* row, c
   store_part(out, some_rows<V, G>(weight, left, row, next), left * G);
 }
 
+// rows_of_groups of G heads or fewer; false for larger groups.
+template <int V, int G = 8, typename T>
+inline bool grouped(const uint16_t* weight, int64_t heads, int64_t group, const T* row,
+                    const T* next, float* out) {
+  if (group == G) {
+    rows_of_groups<V, G>(weight, heads / G, row, next, out);
+    return true;
+  }
+  if constexpr (G > 1) return grouped<V, G - 1>(weight, heads, group, row, next, out);
+  return false;
+}
+
 // Of rows in bf16, or in int8, whose values bf16 holds exactly.
 template <typename T>
 void page_pairs(const void* weights, int64_t heads, int64_t group, int64_t dim, const void* rows,
@@ -73,31 +80,8 @@ void page_pairs(const void* weights, int64_t heads, int64_t group, int64_t dim, 
   const auto* weight = static_cast<const uint16_t*>(weights);
   const auto* row = static_cast<const T*>(rows);
   const auto* ahead = next == nullptr ? row : static_cast<const T*>(next);
-  const auto grouped = [&](auto vectors) {
-    constexpr int kVectors = decltype(vectors)::value;
-    switch (group) {
-      case 1:
-        return rows_of_groups<kVectors, 1>(weight, heads / 1, row, ahead, out), true;
-      case 2:
-        return rows_of_groups<kVectors, 2>(weight, heads / 2, row, ahead, out), true;
-      case 3:
-        return rows_of_groups<kVectors, 3>(weight, heads / 3, row, ahead, out), true;
-      case 4:
-        return rows_of_groups<kVectors, 4>(weight, heads / 4, row, ahead, out), true;
-      case 5:
-        return rows_of_groups<kVectors, 5>(weight, heads / 5, row, ahead, out), true;
-      case 6:
-        return rows_of_groups<kVectors, 6>(weight, heads / 6, row, ahead, out), true;
-      case 7:
-        return rows_of_groups<kVectors, 7>(weight, heads / 7, row, ahead, out), true;
-      case 8:
-        return rows_of_groups<kVectors, 8>(weight, heads / 8, row, ahead, out), true;
-      default:
-        return false;
-    }
-  };
-  if (dim == 256 && grouped(Vectors<8>())) return;
-  if (dim == 128 && grouped(Vectors<4>())) return;
+  if (dim == 256 && grouped<8>(weight, heads, group, row, ahead, out)) return;
+  if (dim == 128 && grouped<4>(weight, heads, group, row, ahead, out)) return;
   page_rows(weight, heads, group, dim, row, static_cast<const T*>(next), out, [dim](const T* one) {
     return [dim, one](const uint16_t* by) {
       Vec even = set1(0.0f), odd = set1(0.0f);
